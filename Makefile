@@ -1,0 +1,67 @@
+# cxrpaper: `make paper` makes the study's tables and figures, `make test` proves them. Needs python3 >= 3.10 and make; the rest is installed into .venv
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+PROFILE ?= smoke
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+UV := .uv/bin/uv
+BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --retries 1
+export MPLBACKEND := agg
+export PYTHONWARNINGS := ignore
+export UV_HTTP_TIMEOUT := 300
+
+.PHONY: help paper plan test lab readme lock bench clean
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+
+paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, or PROFILE=study on a GPU)
+	@$(SNAKEMAKE)
+	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
+
+plan: .venv/installed ## the jobs that `make paper` would run now
+	@$(SNAKEMAKE) --dry-run --quiet rules
+
+test: .venv/installed ## every notebook, then the test suite
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q -ra --durations=10 tests
+
+lab: .venv/installed ## JupyterLab on nbs/index.ipynb
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is in figures/ now
+	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	$(BIN)/python tests/readme.py README.md
+
+lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for Linux, macOS and Windows
+	$(PYTHON) tests/requirements.py | $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --custom-compile-command 'make lock' --quiet --output-file requirements.lock -
+
+bench: .venv/installed ## throughput of decoding, augmentation and training
+	$(BIN)/python -m pytest -q -s tests/benchmark.py
+
+clean: ## remove runs, data made here and caches (not .venv, not figures)
+	rm -rf runs data .snakemake .pytest_cache nbs/.ipynb_checkpoints
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
+
+$(UV):
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON). Install Python 3.10 or later (Debian and Ubuntu: apt-get install python3 python3-venv), or say which: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "too old: $$($(PYTHON) --version). cxrpaper needs Python 3.10 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: the venv module of $(PYTHON). Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "environment 1/4: uv, the installer"
+	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 \
+	    || { rm -rf .uv; echo "uv could not be installed: is the Python package index within reach?" >&2; exit 1; }
+
+.venv/installed: requirements.lock setup.py settings.ini $(UV)
+	@avail=$$(df -Pk . | awk 'NR==2 {print int($$4/1048576)}'); [ -x .venv/bin/python ] || [ "$$avail" -ge 8 ] || { echo "too little room: $$avail GiB free here, the environment takes about 6 GiB (PyTorch with CUDA)" >&2; exit 1; }
+	@echo "environment 2/4: .venv with Python >= 3.11"
+	@$(UV) venv --quiet --clear --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable if (3, 11) <= sys.version_info < (3, 14) else ">=3.11,<3.14")')" .venv \
+	    || { echo "no Python from 3.11 to 3.13 was found and none could be downloaded: install one, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "environment 3/4: the locked packages"
+	@$(UV) pip sync --python .venv --require-hashes requirements.lock
+	@echo "environment 4/4: cxrpaper itself, editable"
+	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@touch $@

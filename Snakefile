@@ -1,0 +1,75 @@
+# The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by cxrpaper/study.py (nbs/00_study.ipynb).
+# A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
+import shlex
+from cxrpaper.study import grid, papermill_yaml, read_study
+
+study = read_study(config.get('study', 'config/smoke.yaml'))
+profile = study['profile']
+RUNS = f'runs/{profile}'
+DATA = {k: study[k] for k in ('data_root', 'adapter')}
+MODELS = grid(study)
+SOURCES = [f'cxrpaper/{m}.py' for m in ('runs', 'dicom', 'phantom', 'cohort')]
+PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
+             '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
+
+def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
+
+rule all:
+    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb'
+
+if study['data_root'] is None:
+    rule phantom:
+        input: nb='nbs/00_phantom.ipynb', code=SOURCES[:3]
+        output: f'{RUNS}/phantom.ipynb'
+        params: y=yaml_for()
+        log: f'{RUNS}/logs/phantom.log'
+        threads: 2
+        shell: PAPERMILL
+
+rule cohort:
+    input: nb='nbs/01_cohort.ipynb', code=SOURCES, data=[f'{RUNS}/phantom.ipynb'] if study['data_root'] is None else []
+    output: f'{RUNS}/cohort.ipynb'
+    params: y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/cohort')
+    log: f'{RUNS}/logs/cohort.log'
+    shell: PAPERMILL
+
+rule store:
+    input: nb='nbs/01_store.ipynb', code=SOURCES + ['cxrpaper/store.py'], data=f'{RUNS}/cohort.ipynb'
+    output: f'{RUNS}/store.ipynb'
+    params: y=yaml_for(**DATA, px=study['px'])
+    log: f'{RUNS}/logs/store.log'
+    threads: 2
+    shell: PAPERMILL
+
+rule floors:
+    input: nb='nbs/04_floors.ipynb', code=SOURCES + ['cxrpaper/metrics.py', 'cxrpaper/floors.py'], data=f'{RUNS}/cohort.ipynb'
+    output: f'{RUNS}/floors.ipynb'
+    params: y=yaml_for(**DATA, n_folds=study['n_folds'])
+    log: f'{RUNS}/logs/floors.log'
+    shell: PAPERMILL
+
+rule finetune:
+    input: nb='nbs/04_finetune.ipynb', data=f'{RUNS}/store.ipynb',
+           code=SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'augment', 'metrics', 'finetune')]
+    output: f'{RUNS}/finetune/{{name}}/04_finetune.ipynb'
+    params: y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/finetune/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/finetune/{w.name}')
+    log: f'{RUNS}/logs/finetune/{{name}}.log'
+    threads: study['threads']
+    resources: gpu=study['gpus']
+    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/finetune/.{{wildcards.name}}.ipynb')
+
+rule tables:
+    input: nb='nbs/06_tables.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/study.py'], study=config.get('study', 'config/smoke.yaml'),
+           floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
+    output: f'{RUNS}/tables.ipynb'
+    params: y=lambda w, input: yaml_for(study=input.study)
+    log: f'{RUNS}/logs/tables.log'
+    shell: PAPERMILL
+
+rule figures:
+    input: nb='nbs/07_figures.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/figures.py', 'cxrpaper/study.py'],
+           study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
+    output: f'{RUNS}/figures.ipynb'
+    params: y=lambda w, input: yaml_for(study=input.study)
+    log: f'{RUNS}/logs/figures.log'
+    shell: PAPERMILL
