@@ -8,7 +8,10 @@ PROFILE ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 UV := .uv/bin/uv
 BIN := .venv/bin
-SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --retries 1
+# one `make paper` at a time: the kernel drops flock's lock when a process is killed, Snakemake's own would stay
+LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --conflict-exit-code 75 Snakefile)
+SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock --cores $(CORES) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := agg
 export PYTHONWARNINGS := ignore
 export UV_HTTP_TIMEOUT := 300
@@ -18,11 +21,11 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
 paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, or PROFILE=study on a GPU)
-	@$(SNAKEMAKE)
+	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
 
 plan: .venv/installed ## the jobs that `make paper` would run now
-	@$(SNAKEMAKE) --dry-run --quiet rules
+	@$(BIN)/snakemake --nolock --cores $(CORES) --config study=config/$(PROFILE).yaml --dry-run --quiet rules
 
 test: .venv/installed ## every notebook, then the test suite
 	$(BIN)/nbdev_test --n_workers 2 --timing
