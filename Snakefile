@@ -62,7 +62,7 @@ rule tables:
     input: nb='nbs/06_tables.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/study.py'], study=config.get('study', 'config/smoke.yaml'),
            floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study)
+    params: y=lambda w, input: yaml_for(study=input.study, missing='error')
     log: f'{RUNS}/logs/tables.log'
     shell: PAPERMILL
 
@@ -70,6 +70,6 @@ rule figures:
     input: nb='nbs/07_figures.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/figures.py', 'cxrpaper/study.py'],
            study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/figures.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study)
+    params: y=lambda w, input: yaml_for(study=input.study, missing='error')
     log: f'{RUNS}/logs/figures.log'
     shell: PAPERMILL

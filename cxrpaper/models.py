@@ -8,8 +8,8 @@ __all__ = ['LITE0_SHA256', 'input_statistics', 'Encoder', 'Classifier', 'class_w
            'save_weights', 'load_weights', 'load_pretrained', 'run_weights', 'describe', 'native_bf16', 'autocast_for',
            'fastest']
 
-# %% ../nbs/02_models.ipynb #dfbc4ffc
-import difflib, hashlib, pickle, sys, urllib.request
+# %% ../nbs/02_models.ipynb #1e22f86d
+import difflib, hashlib, json, pickle, sys, urllib.request
 from pathlib import Path
 import numpy as np
 import timm, torch
@@ -123,7 +123,7 @@ def lite0_to_timm(key:str # a name in the packaged checkpoint, such as `_blocks.
     inside = _LITE0_FIRST if part[1] == '0' else _LITE0_INSIDE
     return '.'.join(['blocks', places[int(part[1])], inside[part[2]], *part[3:]])
 
-# %% ../nbs/02_models.ipynb #914458b8
+# %% ../nbs/02_models.ipynb #55990e66
 def read_weights(file:Path # .safetensors, or a PyTorch .pth/.pt/.bin that holds one dictionary of tensors
                 ) -> tuple: # dict name -> tensor, dict of the file's own notes (empty for PyTorch files)
     "The tensors in `file` and its metadata; InputError for a file that is missing, cut short or something else."
@@ -131,7 +131,7 @@ def read_weights(file:Path # .safetensors, or a PyTorch .pth/.pt/.bin that holds
     if not file.is_file(): raise InputError('no such file of weights', file=show_path(file), cure='check the path')
     try:
         if file.suffix == '.safetensors':
-            with safe_open(str(file), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            with safe_open(str(file), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('notes', '{}'))
         return dict(torch.load(file, map_location='cpu', weights_only=True)), {}
     except (SafetensorError, RuntimeError, ValueError, TypeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e:
         raise InputError(f'cannot be read as weights ({type(e).__name__}: {str(e).splitlines()[0][:120]})', file=show_path(file),
@@ -204,7 +204,7 @@ def weights_digest(model:nn.Module) -> str: # 64 hex digits
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/02_models.ipynb #2ce88b18
+# %% ../nbs/02_models.ipynb #8e1caadc
 def save_weights(model:nn.Module, # holds an `Encoder` as .encoder, or is one
                  path,            # .safetensors; written whole or not at all
                  **notes          # further text or numbers for the file's header
@@ -212,7 +212,7 @@ def save_weights(model:nn.Module, # holds an `Encoder` as .encoder, or is one
     "Write all weights of `model` with the architecture's name."
     arch = getattr(getattr(model, 'encoder', model), 'arch', '')
     with atomic(resolve(path)) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, str(tmp), metadata=dict(arch=arch, **{k: str(v) for k,v in notes.items()}))
+        save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, str(tmp), metadata=dict(notes=json.dumps(dict(arch=arch, **notes), sort_keys=True))) # one entry: the order of several is not fixed, so the bytes would not be
     return file_digest(resolve(path))
 
 # %% ../nbs/02_models.ipynb #a543f533

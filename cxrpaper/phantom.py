@@ -30,9 +30,9 @@ from scipy.interpolate import CubicSpline
 from tqdm import tqdm
 from .runs import InputError, atomic_dir, digest, parameters, choice, integer, number, flag, text, optional, project_root, resolve, rng, show_path, write_csv, write_json
 
-# %% ../nbs/00_phantom.ipynb #ea98f10c
+# %% ../nbs/00_phantom.ipynb #b543b4ef
 APPEARANCES = ('negative', 'typical', 'indeterminate', 'atypical')
-PROFILES = {'smoke': dict(n_patients=160, px=224, contrast=1.), 'study': dict(n_patients=1000, px=320, contrast=1.)}
+PROFILES = {'smoke': dict(n_patients=160, px=224, contrast=1.6), 'study': dict(n_patients=1000, px=320, contrast=1.)}
 
 # %% ../nbs/00_phantom.ipynb #b2122195
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"Training: a run killed at any moment ends with the same bytes; its parts do what they say."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest, torch
+from cxrpaper.finetune import Batches, finetune, fit, make_learner, predict, split_rows
+from cxrpaper.cohort import assign_folds, read_cohort
+from cxrpaper.models import BalancedCE, Classifier, Encoder
+from cxrpaper.phantom import PhantomConfig, write_phantom
+from cxrpaper.runs import InputError, Run, load_run, rng
+from cxrpaper.store import build_store
+
+ROOT = Path(__file__).resolve().parent.parent
+P = dict(arch='resnet10t', pretrain='none', weights=None, px=64, n_folds=3, fold=0, seed=0, epochs=6, batch_size=8, lr=1e-3, encoder_lr=1., weight_decay=.01,
+         drop=.2, augmentation='light', class_weight_power=.5)
+
+SCRIPT = '''
+import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
+from test_finetune import P, small; from cxrpaper.finetune import finetune; from cxrpaper.cohort import assign_folds; from cxrpaper.runs import Run
+if __name__ == '__main__':
+    cohort,store = small()
+    finetune(Run(sys.argv[1], P), cohort, store, assign_folds(cohort.images, 3), SimpleNamespace(**P), device='cpu')
+'''
+
+def small():
+    "A phantom of 60 patients at 64 px, written and decoded once."
+    cohort = read_cohort(write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), workers=1))
+    return cohort, build_store(cohort, 64, workers=0)
+
+@pytest.fixture(scope='module')
+def data(): return small()
+
+@pytest.fixture
+def script(tmp_path):
+    f = tmp_path/'train.py'; f.write_text(SCRIPT.format(tests=str(ROOT/'tests')))
+    return lambda run: subprocess.Popen([sys.executable, f, run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+def results(run): return {f: (Path(run)/f).read_bytes() for f in ('weights.safetensors', 'history.csv', 'predictions.csv')}
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, script, tmp_path):
+    whole,killed = tmp_path/'whole',tmp_path/'killed'
+    t0 = time.time(); p = script(str(whole)); err = p.communicate()[1]; assert p.returncode == 0, err.decode()[-2000:]
+    seconds,r,kills,epochs = time.time() - t0,random.Random(0),0,[]
+    checkpoint = killed.with_name('killed.partial')/'checkpoint.pt'
+    for _ in range(2):
+        p = script(str(killed))
+        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        deadline = time.time() + 3*seconds
+        while p.poll() is None and time.time() < deadline and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen): time.sleep(.01)
+        time.sleep(r.random()*.3)
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.wait()
+        if checkpoint.exists(): epochs.append(torch.load(checkpoint, weights_only=False)['epoch'])
+    assert kills >= 1 and epochs == sorted(epochs) and epochs[0] < P['epochs'] - 1, (kills, epochs)
+    p = script(str(killed)); err = p.communicate()[1]; assert p.returncode == 0, err.decode()[-2000:]
+    assert results(whole) == results(killed)
+    assert len(pd.read_csv(killed/'history.csv')) == P['epochs'] and not checkpoint.exists()
+
+def test_another_seed_gives_other_weights(data, tmp_path):
+    "The counter-test of reproducibility: the seed is what makes runs equal."
+    cohort,store = data; folds = assign_folds(cohort.images, 3); made = []
+    for i,seed in enumerate((0, 0, 1)):
+        p = SimpleNamespace(**P | dict(seed=seed, epochs=1))
+        finetune(Run(tmp_path/str(i), vars(p)), cohort, store, folds, p, device='cpu')
+        made.append(results(tmp_path/str(i)))
+    assert made[0] == made[1] and made[0]['weights.safetensors'] != made[2]['weights.safetensors']
+
+def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
+    "A bright square that tells the class is learnt; with shuffled labels the validation AUC stays near one half."
+    cohort,store = data; y = cohort.images.label.values
+    images = np.array(store.images); images[np.arange(len(y)), :, :] //= 2
+    for i,k in enumerate(y): images[i, 16*k:16*k + 12, 4:16] = 255
+    rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3); auc = {}
+    for name,labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
+        p = SimpleNamespace(**P | dict(epochs=10, lr=3e-3, augmentation='none'))
+        _,history,_ = fit(SimpleNamespace(images=images), labels, rows, p, tmp_path/f'{name}.pt')
+        auc[name] = history.val_auc_macro.iloc[-1]
+    assert auc['planted'] > .95 and abs(auc['shuffled'] - .5) < .2, auc
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    with pytest.raises(InputError, match='the loss is nan.*Cure: lower lr'):
+        fit(store, cohort.images.label.values, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path/'c.pt')
+
+def test_predictions_do_not_depend_on_the_batch_size(data):
+    cohort,store = data; torch.manual_seed(0)
+    model = Classifier(Encoder('resnet10t')); rows = np.arange(20)
+    a,b = (predict(model, Batches(store.images, rows, cohort.images.label.values, size)) for size in (1, 16))
+    assert a.shape == (20, 4) and np.abs(a - b).max() < 1e-4
+    with pytest.raises(InputError, match='no order'): predict(model, Batches(store.images, rows, cohort.images.label.values, 4, seed=0))
+
+def test_provenance_says_what_went_in(data, tmp_path):
+    cohort,store = data; p = SimpleNamespace(**P | dict(epochs=1))
+    finetune(Run(tmp_path/'r', vars(p), dict(store=store.pixels_sha256)), cohort, store, assign_folds(cohort.images, 3), p, device='cpu')
+    prov = load_run(tmp_path/'r')
+    assert prov['inputs']['store'] == store.pixels_sha256 and prov['cohort']['digest'] == cohort.digest and prov['params']['epochs'] == 1
+    assert prov['n_params'] > 1e6 and prov['macs'] > 1e6 and prov['versions']['torch'] and prov['pretrained']['pretrain'] == 'none'
+    df = pd.read_csv(tmp_path/'r'/'predictions.csv')
+    assert set(df.split) == {'val', 'test'} and not set(df.group[df.split == 'val']) & set(df.group[df.split == 'test'])

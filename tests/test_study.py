@@ -1,0 +1,83 @@
+"The whole graph, small: every table and figure from DICOM files; unchanged work is skipped; a killed study ends with the same bytes."
+import hashlib, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pandas as pd, pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+STUDY = dict(profile='smoke', data_root='data/tiny', adapter='siim', px=64, n_folds=3, folds=[0, 1, 2], seeds=[0], threads=1, gpus=0,
+             finetune=dict(epochs=1, batch_size=8), table2=[dict(arch='resnet10t', pretrain='none')])
+
+def clone(to):
+    "The project's sources in a folder of their own, with a tiny phantom as its data."
+    to.mkdir()
+    for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for f in ('settings.ini', 'Snakefile'): shutil.copy(ROOT/f, to/f)
+    (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY))
+    code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
+    subprocess.run([sys.executable, '-c', code], cwd=to, env=environment(to), check=True)
+    return to
+
+def environment(root): return {**os.environ, 'PYTHONPATH': str(root), 'PATH': f'{BIN}:{os.environ["PATH"]}', 'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
+
+def command(*more): return [BIN/'snakemake', '--cores', '2', '--config', 'study=config/tiny.yaml', '--rerun-incomplete', '--show-failed-logs', *more]
+
+def study(root, *more):
+    r = subprocess.run(command(*more), cwd=root, env=environment(root), capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
+    return r.stdout + r.stderr
+
+def results(root): return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted((root/'figures').iterdir())}
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    root = clone(tmp_path_factory.mktemp('whole')/'clone')
+    study(root)
+    return root
+
+def test_every_table_and_figure_is_there(whole):
+    names = {f'{t}.{e}' for t in ('table1', 'table2') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in (2, 4, 5) for e in ('svg', 'png', 'json')}
+    assert set(results(whole)) == names
+    t = pd.read_csv(whole/'figures'/'table2.csv')
+    assert {'row', 'metric', 'value', 'lo', 'hi', 'n', 'n_units', 'n_seeds', 'runs'} <= set(t)
+    assert {'auc_macro', 'ap_macro', 'f1_macro', 'balanced_accuracy', 'study_map', 'auc_atypical'} <= set(t.metric)
+    for run in t.runs.str.split().explode().unique(): assert json.loads((whole/run/'provenance.json').read_text())['key']
+
+def test_a_number_can_be_followed_back(whole):
+    "Macro AUC of the table, recomputed with scikit-learn from the predictions that its provenance names."
+    from sklearn.metrics import roc_auc_score
+    from scipy.special import softmax
+    t = pd.read_csv(whole/'figures'/'table2.csv')
+    r = t[(t.metric == 'auc_macro') & t.row.str.startswith('resnet10t')].iloc[0]
+    df = pd.concat([pd.read_csv(whole/run/'predictions.csv') for run in r.runs.split()])
+    df = df[df.split == 'test']
+    p = softmax(df[[f'logit_{k}' for k in range(4)]].values, axis=1)
+    assert len(df) == r.n and df.image.is_unique
+    assert abs(sum(roc_auc_score(df.label == k, p[:,k]) for k in range(4))/4 - r.value) < 1e-9
+
+def test_nothing_is_done_twice(whole):
+    before = {f: f.stat().st_mtime_ns for f in (whole/'figures').iterdir()}
+    t0 = time.time()
+    assert 'Nothing to be done' in study(whole)
+    assert time.time() - t0 < 30
+    assert before == {f: f.stat().st_mtime_ns for f in (whole/'figures').iterdir()}
+
+def test_a_changed_parameter_reruns_what_depends_on_it(whole):
+    f = whole/'config'/'tiny.yaml'; text = f.read_text()
+    try:
+        f.write_text(yaml.safe_dump(STUDY | dict(finetune=dict(epochs=2, batch_size=8))))
+        plan = study(whole, '--dry-run')
+    finally: f.write_text(text)
+    jobs = plan[plan.index('Job stats:'):].split('\n\n')[0]
+    assert 'finetune' in jobs and 'tables' in jobs and 'store' not in jobs and 'phantom' not in jobs
+
+def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
+    root = clone(tmp_path/'clone')
+    for seconds in (14, 25):
+        p = subprocess.Popen(command(), cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(p.pid, signal.SIGKILL); p.wait()
+        subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
+    assert not (root/'figures'/'table2.csv').exists(), 'killed too late to show anything'
+    study(root)
+    assert results(root) == results(whole)
