@@ -53,7 +53,7 @@ def examples(images:pd.DataFrame, # the cohort's table
         out[c] = sorted(rng(seed, 'examples', c).choice(one.index, min(n, len(one)), replace=False).tolist())
     return out
 
-# %% ../nbs/07_figures.ipynb #aa10fc59
+# %% ../nbs/07_figures.ipynb #7df46789
 def draw_radiograph_with_boxes(ax, image, boxes, frame, colour='#E69F00'): # (H,W) in [0,1]; boxes (x,y,width,height) in a frame (height,width)
     "One radiograph with its boxes, boxes scaled from their frame to the pixels."
     ax.imshow(image, cmap='gray', vmin=0, vmax=1)
@@ -72,15 +72,16 @@ def figure_examples(cohort, n=4, seed=0):
                 r = cohort.images.loc[i]; ax.axis('on')
                 draw_radiograph_with_boxes(ax, read_radiograph(cohort.root/r.path), r.boxes, (r.height, r.width))
             line[0].set_ylabel(c)
+        plt.close(fig)
     return fig
 
-# %% ../nbs/07_figures.ipynb #90692c8f
+# %% ../nbs/07_figures.ipynb #c9101e07
 def figure_curves(df:pd.DataFrame, # pooled test predictions of one seed
-                  n_boot=500, seed=0):
+                  n_boot=2000, seed=0):
     "Figure 4: ROC and precision-recall curve of every class with 95 % bands."
     r = bootstrap(df, n_boot, seed).set_index('metric')
     with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(1, 2, figsize=(7, 3.4))
+        fig,axs = plt.subplots(1, 2, figsize=(7, 4))
         for k,c in enumerate(CLASSES):
             for ax,kind,m in zip(axs, ('roc', 'pr'), ('auc', 'ap')):
                 b = curve_band(df, k, kind, n_boot=n_boot, seed=seed)
@@ -90,12 +91,13 @@ def figure_curves(df:pd.DataFrame, # pooled test predictions of one seed
         axs[0].plot([0, 1], [0, 1], color='0.6', ls=':', lw=.8)
         axs[0].set(xlabel='false positive rate', ylabel='true positive rate', title='ROC: area (95 % interval)', aspect='equal')
         axs[1].set(xlabel='recall', ylabel='precision', title='Precision-recall: average precision (95 % interval)', ylim=(0, 1.02), aspect='equal')
-        for ax in axs: ax.legend(loc='lower right' if ax is axs[0] else 'upper right')
+        for ax in axs: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncols=2)
+        plt.close(fig)
     return fig
 
-# %% ../nbs/07_figures.ipynb #fd9a9fb3
+# %% ../nbs/07_figures.ipynb #0ce89202
 def figure_confusion(frames:dict, # title -> pooled test predictions of one seed
-                     n_boot=500, seed=0):
+                     n_boot=2000, seed=0):
     "Figure 5: a confusion matrix per model, rows normalised."
     with mpl.rc_context(STYLE):
         fig,axs = plt.subplots(1, len(frames), figsize=(7*min(1, len(frames)/2), 3.4), squeeze=False, sharey=True)
@@ -108,8 +110,9 @@ def figure_confusion(frames:dict, # title -> pooled test predictions of one seed
                     extra = f"\n{recall.lo[f'recall_{CLASSES[i]}']:.2f} to {recall.hi[f'recall_{CLASSES[i]}']:.2f}" if i == j else ''
                     ax.text(j, i, f'{share[i,j]:.2f}\nn = {counts[i,j]:.0f}{extra}', ha='center', va='center', fontsize=5.5, color='white' if share[i,j] > .55 else 'black')
             ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES, yticklabels=[f'{c}\n(n = {counts[i].sum():.0f})' for i,c in enumerate(CLASSES)], xlabel='predicted', title=title)
-            ax.tick_params(axis='x', rotation=20); ax.spines[:].set_visible(False)
+            ax.tick_params(axis='x', rotation=20); ax.spines[:].set(visible=True, color='0.7', lw=.5)
         axs[0][0].set_ylabel('label'); fig.colorbar(im, ax=axs[0].tolist(), shrink=.8, label='share of the label')
+        plt.close(fig)
     return fig
 
 # %% ../nbs/07_figures.ipynb #ce091e59
