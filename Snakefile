@@ -1,4 +1,4 @@
-# The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by cxrpaper/study.py (nbs/00_study.ipynb).
+# The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
 import shlex
 from cxrpaper.study import grid, papermill_yaml, read_study

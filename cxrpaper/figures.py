@@ -23,7 +23,7 @@ STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labels
          'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.2, 'savefig.dpi': 200, 'svg.fonttype': 'none', 'svg.hashsalt': 'cxrpaper',
          'figure.constrained_layout.use': True}
 
-# %% ../nbs/07_figures.ipynb #e0351ad5
+# %% ../nbs/07_figures.ipynb #4fc43908
 def write_figure(name:str,    # file name without ending
                  fig,         # matplotlib figure
                  caption:str,
@@ -37,7 +37,7 @@ def write_figure(name:str,    # file name without ending
         fig.canvas.draw(); fig.set_layout_engine('none') # laid out once: another draw would move things a little
         for ending,meta in (('svg', {'Date': None}), ('png', {'Software': None})):
             with atomic(out/f'{name}.{ending}') as tmp: fig.savefig(tmp, format=ending, metadata=meta)
-    sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, **more)
+    sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, code='figures', **more)
 
 # %% ../nbs/07_figures.ipynb #805ba9bf
 def examples(images:pd.DataFrame, # the cohort's table
@@ -75,13 +75,13 @@ def figure_examples(cohort, n=4, seed=0):
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_figures.ipynb #c9101e07
+# %% ../nbs/07_figures.ipynb #52a65e32
 def figure_curves(df:pd.DataFrame, # pooled test predictions of one seed
                   n_boot=2000, seed=0):
     "Figure 4: ROC and precision-recall curve of every class with 95 % bands."
     r = bootstrap(df, n_boot, seed).set_index('metric')
     with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(1, 2, figsize=(7, 4))
+        fig,axs = plt.subplots(1, 2, figsize=(7, 4.6))
         for k,c in enumerate(CLASSES):
             for ax,kind,m in zip(axs, ('roc', 'pr'), ('auc', 'ap')):
                 b = curve_band(df, k, kind, n_boot=n_boot, seed=seed)
@@ -89,9 +89,9 @@ def figure_curves(df:pd.DataFrame, # pooled test predictions of one seed
                 ax.plot(b.x, b.y, color=COLOURS[c], label=f"{c}: {cell(r.loc[f'{m}_{c}'])}")
             axs[1].axhline((df.label == k).mean(), color=COLOURS[c], ls=':', lw=.8)
         axs[0].plot([0, 1], [0, 1], color='0.6', ls=':', lw=.8)
-        axs[0].set(xlabel='false positive rate', ylabel='true positive rate', title='ROC: area (95 % interval)', aspect='equal')
-        axs[1].set(xlabel='recall', ylabel='precision', title='Precision-recall: average precision (95 % interval)', ylim=(0, 1.02), aspect='equal')
-        for ax in axs: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncols=2)
+        axs[0].set(xlabel='false positive rate', ylabel='true positive rate', title='ROC: area (95 % interval)')
+        axs[1].set(xlabel='recall', ylabel='precision', title='Precision-recall: average precision (95 % interval)')
+        for ax in axs: ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect='equal'); ax.legend(loc='upper center', bbox_to_anchor=(.5, -.15))
         plt.close(fig)
     return fig
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['InputError', 'project_root', 'resolve', 'show_path', 'choice', 'integer', 'number', 'flag', 'text', 'optional',
            'parameters', 'rng', 'torch_generator', 'digest', 'file_digest', 'atomic', 'commit_folder', 'atomic_dir',
-           'write_json', 'write_csv', 'provenance', 'code_digest', 'Run', 'begin', 'finish', 'load_run']
+           'write_json', 'write_csv', 'provenance', 'code_modules', 'code_digest', 'Run', 'begin', 'finish', 'load_run']
 
-# %% ../nbs/00_runs.ipynb #a27caba2
+# %% ../nbs/00_runs.ipynb #83880a0f
 import cxrpaper
-import ast, hashlib, importlib.metadata, json, os, platform, shutil, subprocess, sys, time
+import ast, hashlib, importlib.metadata, json, os, platform, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -216,7 +216,7 @@ def write_csv(path, df:pd.DataFrame):
     "Write a table without its index, atomically; floats keep all their digits."
     with atomic(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')
 
-# %% ../nbs/00_runs.ipynb #3d38727f
+# %% ../nbs/00_runs.ipynb #77d71913
 _LIBRARIES = ('torch torchvision fastai timm segmentation-models-pytorch numpy pandas scikit-learn scipy opencv-python-headless pydicom '
               'pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls papermill nbdev').split()
 
@@ -224,43 +224,55 @@ def _git(*args):
     r = subprocess.run(['git', '-C', str(project_root()), *args], capture_output=True, text=True)
     return r.stdout.strip() if r.returncode == 0 else None
 
-def provenance(**extra # what the caller knows: run, seed, inputs, wall_s, ...
+def provenance(code:str='runs', # the module whose work it is
+               **extra          # what the caller knows: run, seed, inputs, wall_s, ...
               ) -> dict:
     "Commit and dirty flag of the sources, versions, device and time; `extra` comes first."
     import torch
     dirty = _git('status', '--porcelain', '--', 'nbs', 'cxrpaper', 'settings.ini', 'requirements.lock')
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()}, {torch.get_num_threads()} threads)'
-    return dict(**extra, commit=_git('rev-parse', 'HEAD'), dirty=None if dirty is None else bool(dirty), code=code_digest(),
+    return dict(**extra, commit=_git('rev-parse', 'HEAD'), dirty=None if dirty is None else bool(dirty), code=code_digest(code),
                 device=device, python=platform.python_version(), versions={k: importlib.metadata.version(k) for k in _LIBRARIES},
                 written=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
-# %% ../nbs/00_runs.ipynb #0e68c334
-def code_digest() -> str: # 64 hex digits
-    "Digest of the modules of this package that are imported now."
-    mods = sorted((n, m.__file__) for n,m in list(sys.modules.items()) if n.startswith('cxrpaper.') and getattr(m, '__file__', None))
-    return digest([(n, file_digest(f)) for n,f in mods])
+# %% ../nbs/00_runs.ipynb #60a032f5
+def code_modules(module:str # a module of this package, such as 'finetune'
+                ) -> list:  # sorted names, itself included
+    "The modules of this package that `module` is made of: itself and its imports, followed to the end."
+    todo,seen = [module],set()
+    while todo:
+        m = todo.pop(); seen.add(m)
+        text = (Path(cxrpaper.__file__).parent/f'{m}.py').read_text(encoding='utf-8')
+        todo += [o for o in re.findall(r'(?m)^\s*from (?:cxrpaper)?\.(\w+) import', text) if o not in seen]
+    return sorted(seen)
 
-# %% ../nbs/00_runs.ipynb #ca2e2df9
+def code_digest(module:str) -> str: # 64 hex digits
+    "Digest of the code of `module` and of all that it imports from this package."
+    return digest([(m, file_digest(Path(cxrpaper.__file__).parent/f'{m}.py')) for m in code_modules(module)])
+
+# %% ../nbs/00_runs.ipynb #2a715ade
 class Run:
     "One execution of a notebook: a folder that is whole or absent, found again by the digest of parameters, inputs and code."
     def __init__(self, path,        # final folder, `runs/<profile>/<notebook>/<name>`
                  params,            # the checked parameters (dict or namespace)
-                 inputs:dict=None): # digests of what goes in: cohort, store, weights
+                 inputs:dict=None,  # digests of what goes in: cohort, store, weights
+                 code:str='runs'):  # the module whose work it is
+        self.code = code
         self.path,self.params,self.inputs = resolve(path),_canonical(params),_canonical(inputs or {})
-        self.key = digest(dict(params=self.params, inputs=self.inputs, code=code_digest()))
+        self.key = digest(dict(params=self.params, inputs=self.inputs, code=code_digest(code)))
         self.partial = self.path.with_name(self.path.name + '.partial')
         self.start = time.time()
 
     @property
     def done(self) -> bool: return _key_of(self.path/'provenance.json') == self.key
 
-# %% ../nbs/00_runs.ipynb #73a06db8
+# %% ../nbs/00_runs.ipynb #b808f2cb
 def _key_of(file):
     "The key recorded in a run's json file, None where there is none that can be read."
     try: return json.loads(file.read_text())['key']
     except (OSError, ValueError, KeyError): return None
 
-# %% ../nbs/00_runs.ipynb #466cbbeb
+# %% ../nbs/00_runs.ipynb #78877461
 def begin(run:Run) -> Path: # the folder to write to
     "Open `run.partial`: kept, with its checkpoints, where it belongs to the same key; otherwise emptied."
     if _key_of(run.partial/'params.json') != run.key:
@@ -270,12 +282,12 @@ def begin(run:Run) -> Path: # the folder to write to
 
 def finish(run:Run, **extra) -> dict: # the provenance that was written
     "Write provenance.json and rename the folder to its final name."
-    prov = provenance(key=run.key, run=show_path(run.path), params=run.params, inputs=run.inputs, wall_s=round(time.time() - run.start, 2), **extra)
+    prov = provenance(run.code, key=run.key, run=show_path(run.path), params=run.params, inputs=run.inputs, wall_s=round(time.time() - run.start, 2), **extra)
     write_json(run.partial/'provenance.json', prov)
     commit_folder(run.partial, run.path)
     return prov
 
-# %% ../nbs/00_runs.ipynb #28469672
+# %% ../nbs/00_runs.ipynb #c930e431
 def load_run(path) -> dict: # its provenance
     "The provenance of a finished run; InputError where there is none."
     file = resolve(path)/'provenance.json'

@@ -74,11 +74,11 @@ def sample_text(study, frames) -> str:
     return (f"{len(f):,} test images of {f.group.nunique():,} patients, {n(len(study['folds']), 'test fold')} of {study['n_folds']} (patient-disjoint), "
             f"{n(len(study['seeds']), 'seed')}; brackets: 95 % interval from resampling patients.")
 
-# %% ../nbs/06_tables.ipynb #28b64a3c
-def sidecar(name, caption, runs, files, out, **more):
+# %% ../nbs/06_tables.ipynb #9b2c2471
+def sidecar(name, caption, runs, files, out, code='tables', **more):
     "Write `<name>.json`: where the table or figure comes from."
     made = {r: load_run(r) for r in runs}
-    write_json(out/f'{name}.json', dict(name=name, caption=caption, **more, code=code_digest(),
+    write_json(out/f'{name}.json', dict(name=name, caption=caption, **more, code=code_digest(code),
         runs={r: {k: p.get(k) for k in ('key', 'commit', 'dirty', 'code', 'device')} for r,p in made.items()},
         files={f.name: file_digest(f) for f in files}))
 

@@ -51,7 +51,7 @@ def test_notebook(path):
     assert not re.search(r'(?<![\w.])/(work|root|home|tmp|Users)/', text), 'a path of one machine stands in it'
     assert path.stat().st_size < 1_500_000
     first = source(cells(nb, 'markdown')[0])
-    assert re.match(r'# .+\n> .+', first), 'a notebook starts with a title and a one-line subtitle'
+    assert re.match(r'# .+\n\n?> .+', first), 'a notebook starts with a title and a one-line subtitle'
     for c in cells(nb):
         assert not [o for o in c['outputs'] if o.get('output_type') == 'error'], f'an error is saved below {source(c)[:60]}'
 

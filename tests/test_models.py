@@ -200,7 +200,7 @@ def test_encoder_out_of_every_kind_of_model(tmp_path):
 def test_whole_model_round_trip_is_exact(tmp_path):
     a,b = Classifier(Encoder('resnet18')).eval(),Classifier(Encoder('resnet18')).eval()
     save_weights(a, tmp_path/'w.safetensors', seed=3)
-    assert load_weights(b, tmp_path/'w.safetensors') == dict(arch='resnet18', seed='3')
+    assert load_weights(b, tmp_path/'w.safetensors') == dict(arch='resnet18', seed=3)
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): assert torch.equal(a(x), b(x))
 

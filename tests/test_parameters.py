@@ -1,8 +1,9 @@
 "papermill takes any name and any type; the notebooks must not."
 import json, re, subprocess, sys
 from pathlib import Path
-import nbformat, pytest
+import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,7 +12,7 @@ RUNNABLE = sorted(set(re.findall(r"nbs/(\w+\.ipynb)", (ROOT/'Snakefile').read_te
 
 def check_cells(name, given):
     "Execute a notebook, with papermill's injected cell, up to the cell that checks the parameters; returns the error or None."
-    nb = parameterize_notebook(nbformat.read(ROOT/'nbs'/name, as_version=4), given)
+    nb = parameterize_notebook(load_notebook_node(str(ROOT/'nbs'/name)), given)
     shell = InteractiveShell()
     for c in nb.cells:
         if c.cell_type != 'code': continue
