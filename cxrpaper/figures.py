@@ -17,11 +17,11 @@ from .runs import InputError, atomic, resolve, rng
 from .study import read_study, row_runs
 from .tables import cell, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
 
-# %% ../nbs/07_figures.ipynb #d32e679f
+# %% ../nbs/07_figures.ipynb #a8114c5f
 COLOURS = dict(zip(CLASSES, ('#000000', '#0072B2', '#E69F00', '#CC79A7')))
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.frameon': False,
          'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.2, 'savefig.dpi': 200, 'svg.fonttype': 'none', 'svg.hashsalt': 'cxrpaper',
-         'figure.constrained_layout.use': True}
+         'figure.constrained_layout.use': True, 'savefig.bbox': 'tight', 'savefig.pad_inches': .03}
 
 # %% ../nbs/07_figures.ipynb #4fc43908
 def write_figure(name:str,    # file name without ending
