@@ -915,16 +915,17 @@ def is_complete(root, c:PhantomConfig) -> bool: # raises InputError if the folde
     if not same: raise InputError('the folder holds something else than this phantom', file=show_path(root), cure='give another folder, or remove this one')
     return True
 
-# %% ../nbs/00_phantom.ipynb #31c9bbea
+# %% ../nbs/00_phantom.ipynb #77b4a136
 def write_phantom(config:PhantomConfig=None, # None: the default
                   root=None,                 # None: data/phantom/<digest>; must be absent, empty, or this very cohort
                   workers:int=2, progress:bool=False) -> Path: # the root of the tree
     "Write a cohort in the layout of SIIM-FISABIO-RSNA, with truth.csv, phantom.json and truth_masks/ beside it; returns at once if it is there."
     c = config or PhantomConfig()
+    named_by_content = root is None
     root = default_root(c) if root is None else resolve(root)
     if is_complete(root, c): return root
     plan = plan_cohort(c)
-    with atomic_dir(root) as tmp:
+    with atomic_dir(root, keep=named_by_content) as tmp: # two notebooks may write the default at once
         (tmp/'truth_masks').mkdir()
         boxes = run_plan(c, tmp, plan, workers, progress)
         study, image = label_tables(plan, boxes)

@@ -186,7 +186,7 @@ def atomic(path): # the final path; missing parent folders are made
         _sync(tmp); os.replace(tmp, path); _sync(path.parent)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_runs.ipynb #d30222e0
+# %% ../nbs/00_runs.ipynb #31474461
 def commit_folder(tmp, path):
     "Put the finished folder `tmp` in the place of `path`, all of it at once."
     tmp,path = Path(tmp),Path(path)
@@ -197,14 +197,18 @@ def commit_folder(tmp, path):
     shutil.rmtree(old, ignore_errors=True)
 
 @contextmanager
-def atomic_dir(path): # the final folder; missing parent folders are made
+def atomic_dir(path,      # the final folder; missing parent folders are made
+               keep=False # True where the name tells the content: a folder that another process has put there meanwhile stays
+              ):
     "Yields a temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
     try:
         yield tmp
-        commit_folder(tmp, path)
+        if not (keep and path.exists()): commit_folder(tmp, path)
+    except OSError:
+        if not (keep and path.exists()): raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_runs.ipynb #125c845e
@@ -216,7 +220,7 @@ def write_csv(path, df:pd.DataFrame):
     "Write a table without its index, atomically; floats keep all their digits."
     with atomic(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')
 
-# %% ../nbs/00_runs.ipynb #77d71913
+# %% ../nbs/00_runs.ipynb #c8c96c1e
 _LIBRARIES = ('torch torchvision fastai timm segmentation-models-pytorch numpy pandas scikit-learn scipy opencv-python-headless pydicom '
               'pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls papermill nbdev').split()
 
@@ -235,7 +239,7 @@ def provenance(code:str='runs', # the module whose work it is
                 device=device, python=platform.python_version(), versions={k: importlib.metadata.version(k) for k in _LIBRARIES},
                 written=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
-# %% ../nbs/00_runs.ipynb #60a032f5
+# %% ../nbs/00_runs.ipynb #6d8f971a
 def code_modules(module:str # a module of this package, such as 'finetune'
                 ) -> list:  # sorted names, itself included
     "The modules of this package that `module` is made of: itself and its imports, followed to the end."
@@ -250,7 +254,7 @@ def code_digest(module:str) -> str: # 64 hex digits
     "Digest of the code of `module` and of all that it imports from this package."
     return digest([(m, file_digest(Path(cxrpaper.__file__).parent/f'{m}.py')) for m in code_modules(module)])
 
-# %% ../nbs/00_runs.ipynb #2a715ade
+# %% ../nbs/00_runs.ipynb #e368348b
 class Run:
     "One execution of a notebook: a folder that is whole or absent, found again by the digest of parameters, inputs and code."
     def __init__(self, path,        # final folder, `runs/<profile>/<notebook>/<name>`
@@ -266,13 +270,13 @@ class Run:
     @property
     def done(self) -> bool: return _key_of(self.path/'provenance.json') == self.key
 
-# %% ../nbs/00_runs.ipynb #b808f2cb
+# %% ../nbs/00_runs.ipynb #95a36624
 def _key_of(file):
     "The key recorded in a run's json file, None where there is none that can be read."
     try: return json.loads(file.read_text())['key']
     except (OSError, ValueError, KeyError): return None
 
-# %% ../nbs/00_runs.ipynb #78877461
+# %% ../nbs/00_runs.ipynb #73a4b00c
 def begin(run:Run) -> Path: # the folder to write to
     "Open `run.partial`: kept, with its checkpoints, where it belongs to the same key; otherwise emptied."
     if _key_of(run.partial/'params.json') != run.key:
@@ -287,7 +291,7 @@ def finish(run:Run, **extra) -> dict: # the provenance that was written
     commit_folder(run.partial, run.path)
     return prov
 
-# %% ../nbs/00_runs.ipynb #c930e431
+# %% ../nbs/00_runs.ipynb #57f87284
 def load_run(path) -> dict: # its provenance
     "The provenance of a finished run; InputError where there is none."
     file = resolve(path)/'provenance.json'
