@@ -5,7 +5,8 @@ from cxrpaper.study import grid, papermill_yaml, read_study
 
 study = read_study(config.get('study', 'config/smoke.yaml'))
 profile = study['profile']
-RUNS = f'runs/{profile}'
+RUNS = f"runs/{study['name']}"
+PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here
 DATA = {k: study[k] for k in ('data_root', 'adapter')}
 MODELS = grid(study)
 SOURCES = [f'cxrpaper/{m}.py' for m in ('runs', 'dicom', 'phantom', 'cohort')]
@@ -17,17 +18,17 @@ def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) 
 rule all:
     input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb'
 
-if study['data_root'] is None:
+if PHANTOM:
     rule phantom:
         input: nb='nbs/00_phantom.ipynb', code=SOURCES[:3]
         output: f'{RUNS}/phantom.ipynb'
-        params: y=yaml_for()
+        params: y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
         log: f'{RUNS}/logs/phantom.log'
         threads: 2
         shell: PAPERMILL
 
 rule cohort:
-    input: nb='nbs/01_cohort.ipynb', code=SOURCES, data=[f'{RUNS}/phantom.ipynb'] if study['data_root'] is None else []
+    input: nb='nbs/01_cohort.ipynb', code=SOURCES, data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
     params: y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
@@ -44,13 +45,13 @@ rule store:
 rule floors:
     input: nb='nbs/04_floors.ipynb', code=SOURCES + ['cxrpaper/metrics.py', 'cxrpaper/floors.py'], data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/floors.ipynb'
-    params: y=yaml_for(**DATA, n_folds=study['n_folds'])
+    params: y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/floors')
     log: f'{RUNS}/logs/floors.log'
     shell: PAPERMILL
 
 rule finetune:
     input: nb='nbs/04_finetune.ipynb', data=f'{RUNS}/store.ipynb',
-           code=SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'augment', 'metrics', 'finetune')]
+           code=SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'multitask', 'augment', 'metrics', 'segmentation', 'finetune')]
     output: f'{RUNS}/finetune/{{name}}/04_finetune.ipynb'
     params: y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/finetune/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/finetune/{w.name}')
     log: f'{RUNS}/logs/finetune/{{name}}.log'
@@ -59,17 +60,17 @@ rule finetune:
     shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/finetune/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb='nbs/06_tables.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/study.py'], study=config.get('study', 'config/smoke.yaml'),
+    input: nb='nbs/06_tables.ipynb', code=[f'cxrpaper/{m}.py' for m in ('metrics', 'segmentation', 'tables', 'study')], study=config.get('study', 'config/smoke.yaml'),
            floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study, missing='error')
+    params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/tables.log'
     shell: PAPERMILL
 
 rule figures:
-    input: nb='nbs/07_figures.ipynb', code=['cxrpaper/metrics.py', 'cxrpaper/tables.py', 'cxrpaper/figures.py', 'cxrpaper/study.py'],
+    input: nb='nbs/07_figures.ipynb', code=[f'cxrpaper/{m}.py' for m in ('metrics', 'segmentation', 'finetune', 'tables', 'figures', 'study')],
            study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/figures.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study, missing='error')
+    params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/figures.log'
     shell: PAPERMILL

@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'write_figure', 'examples', 'draw_radiograph_with_boxes', 'figure_examples', 'figure_curves',
-           'figure_confusion', 'leading']
+           'figure_confusion', 'successes_and_failures', 'draw_prediction', 'figure_masks', 'weight_sweep',
+           'figure_sweep', 'leading']
 
 # %% ../nbs/07_figures.ipynb #eee98637
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from .cohort import CLASSES, load_cohort
 from .dicom import read_radiograph
-from .metrics import bootstrap, confusion, curve_band, probabilities
+from .finetune import load_model
+from .metrics import bootstrap, confusion, curve_band, evaluate, probabilities
 from .runs import InputError, atomic, resolve, rng
-from .study import read_study, row_runs
-from .tables import cell, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
+from .segmentation import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
+from .store import decode
+from .study import read_study, row_runs, row_title
+from .tables import cell, mask_runs, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
 
 # %% ../nbs/07_figures.ipynb #a8114c5f
 COLOURS = dict(zip(CLASSES, ('#000000', '#0072B2', '#E69F00', '#CC79A7')))
@@ -112,6 +117,72 @@ def figure_confusion(frames:dict, # title -> pooled test predictions of one seed
             ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES, yticklabels=[f'{c}\n(n = {counts[i].sum():.0f})' for i,c in enumerate(CLASSES)], xlabel='predicted', title=title)
             ax.tick_params(axis='x', rotation=20); ax.spines[:].set(visible=True, color='0.7', lw=.5)
         axs[0][0].set_ylabel('label'); fig.colorbar(im, ax=axs[0].tolist(), shrink=.8, label='share of the label')
+        plt.close(fig)
+    return fig
+
+# %% ../nbs/07_figures.ipynb #53ddc05a
+def successes_and_failures(t:pd.DataFrame # from `at_threshold`, with image and label
+                          ) -> dict:      # class -> (row of a success, row of a failure); a class without images is left out
+    "The images nearest to the 90th and the 10th percentile of Dice (negatives: of the share that was not drawn)."
+    good = t.dice.where(t.label != 0, 1 - t.area)
+    out = {}
+    for k,c in enumerate(CLASSES):
+        s = good[(t.label == k) & good.notna()].sort_values(kind='stable')
+        if len(s): out[c] = tuple((s - s.quantile(q)).abs().idxmin() for q in (.9, .1))
+    return out
+
+# %% ../nbs/07_figures.ipynb #f574faca
+@torch.no_grad()
+def draw_prediction(axs, row, cohort, model, px, step): # two axes; a row of the cohort's table; the model and the side of its input; step of the threshold
+    "The radiograph with its boxes or drawn mask, and with the predicted probabilities and their outline."
+    image,true = decode(dict(file=cohort.root/row.path, mask_file=cohort.root/row.mask_path if row.mask_path else '', boxes=row.boxes, height=row.height, width=row.width), px)[:2]
+    z = model(torch.tensor(image/255, dtype=torch.float32)[None, None])[1][0, 0]
+    extent = (0, row.width, row.height, 0); x,y = ((np.arange(px) + .5)*s/px for s in (row.width, row.height))
+    for ax in axs: ax.imshow(image, cmap='gray', extent=extent); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+    for bx,by,w,h in row.boxes: axs[0].add_patch(plt.Rectangle((bx, by), w, h, fill=False, ec='#E69F00', lw=1))
+    if row.mask_path: axs[0].contour(x, y, true, [.5], colors='#E69F00', linewidths=1)
+    axs[1].imshow(z.sigmoid(), cmap='viridis', vmin=0, vmax=1, alpha=.4, extent=extent)
+    at = (step - STEPS//2)*2*LIMIT/STEPS # the logit where the step begins
+    if z.min() < at < z.max(): axs[1].contour(x, y, z, [at], colors='#56B4E9', linewidths=1)
+
+# %% ../nbs/07_figures.ipynb #60cb8933
+def figure_masks(cohort, run):  # a cohort, a finished multi-task run
+    "Figure 8: a success and a failure of each class."
+    scores,(model,p) = load_mask_scores(resolve(run)/'segmentation'),load_model(run)
+    step = best_threshold(scores.of('val')); t = at_threshold(scores.of('test'), step)
+    chosen = successes_and_failures(t); by = cohort.images.set_index('image', drop=False)
+    with mpl.rc_context(STYLE):
+        fig,axs = plt.subplots(len(chosen), 4, figsize=(7, 1.9*len(chosen)), squeeze=False)
+        for line,(c,pair) in zip(axs, chosen.items()):
+            for two,i,word in zip((line[:2], line[2:]), pair, ('success', 'failure')):
+                draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px, step)
+                two[0].set_title(f'{word}: ' + (f'Dice {t.dice[i]:.2f}' if np.isfinite(t.dice[i]) else f'{t.area[i]:.1%} drawn'), loc='left')
+            line[0].set_ylabel(f"{c}\nn = {int(((t.label == CLASSES.index(c)) & (t.dice.notna() | (t.label == 0))).sum())}")
+        fig.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), 'viridis'), ax=axs.tolist(), shrink=.4, label='predicted probability')
+        plt.close(fig)
+    return fig, {c: [t.image[i] for i in pair] for c,pair in chosen.items()}
+
+# %% ../nbs/07_figures.ipynb #c82b3f88
+def weight_sweep(study) -> list: # [(weight, row)], the single-task row first, with weight 0
+    "The rows of Table 3 that differ in nothing but the weight of the segmentation loss."
+    base = study['table3'][0]
+    rows = [(r.get('seg_weight', 1.), r) for r in study['table3'] if r.get('multitask') and set(r) - set(base) <= {'multitask', 'seg_weight'} and all(r[k] == base[k] for k in base)]
+    return [(0., base)] + sorted(rows, key=lambda t: t[0])
+
+def figure_sweep(study, n_boot=2000, seed=0):
+    "Figure 13: macro AUC and Dice against the weight of the segmentation loss."
+    rows = weight_sweep(study)
+    auc = pd.concat([evaluate(row_frames(study, r), n_boot, seed, metrics=['auc_macro']) for _,r in rows], ignore_index=True)
+    dice = pd.concat([evaluate_masks(mask_runs(study, r), n_boot, seed).query("metric == 'dice'") for w,r in rows if w], ignore_index=True)
+    prior = evaluate_masks(mask_runs(study, rows[1][1], 'prior')[:1], n_boot, seed).set_index('metric').loc['dice']
+    with mpl.rc_context(STYLE):
+        fig,axs = plt.subplots(1, 2, figsize=(7, 2.6))
+        for ax,d,first in zip(axs, (auc, dice), (0, 1)):
+            ax.errorbar(np.arange(len(d)) + first, d.value, yerr=[d.value - d.lo, d.hi - d.value], fmt='o-', color='0.15', capsize=3, ms=4)
+            ax.set(xticks=range(len(rows)), xticklabels=['0\n(single-task)', *(f'{w:g}' for w,_ in rows[1:])], xlim=(-.4, len(rows) - .6), xlabel='weight of the segmentation loss')
+        axs[0].axhline(auc.value[0], color='0.6', ls=':', lw=.8); axs[0].set(ylabel='macro AUC', title=f'classification, n = {int(auc.n[0])} images')
+        axs[1].axhspan(prior.lo, prior.hi, color='#E69F00', alpha=.2, lw=0); axs[1].axhline(prior.value, color='#E69F00', lw=1, label='box prior')
+        axs[1].set(ylabel='Dice', title=f'segmentation, n = {int(dice.n[0])} images with a mask', ylim=(0, None)); axs[1].legend(loc='lower left')
         plt.close(fig)
     return fig
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'COLUMNS', 'UNDEFINED', 'simulate_predictions', 'check_predictions', 'softmax', 'probabilities',
-           'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level', 'metric_samples',
-           'point_metrics', 'resampled_units', 'Cases', 'read_cases', 'pool_folds', 'percentile_interval', 'evaluate',
-           'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'delong_by_class', 'holm',
-           'benjamini_hochberg', 'roc_points', 'pr_points', 'curve_band']
+           'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level', 'auc_between',
+           'metric_samples', 'point_metrics', 'resampled_units', 'Cases', 'read_cases', 'pool_folds',
+           'percentile_interval', 'evaluate', 'bootstrap', 'bootstrap_difference', 'placements', 'delong',
+           'delong_test', 'delong_by_class', 'holm', 'benjamini_hochberg', 'roc_points', 'pr_points', 'curve_band']
 
 # %% ../nbs/05_metrics.ipynb #109f40e9
 from dataclasses import dataclass
@@ -158,6 +158,12 @@ def study_level(df:pd.DataFrame,   # predictions
     out = by[['patient', 'group', 'label']].first().assign(n_images=by.size())
     return out.join(p.groupby(df.study).mean()).reset_index()
 
+# %% ../nbs/05_metrics.ipynb #53d4e018
+def auc_between(y, p, w, a:int, b:int): # (N,) true class; (N,4); (N,B); two classes -> (B,)
+    "AUC of class `a` against class `b` among their images, scored by p_a/(p_a + p_b)."
+    i = np.flatnonzero((y == a) | (y == b)); both = p[i, a] + p[i, b]
+    return auc(y[i] == a, np.divide(p[i, a], both, out=np.full(len(i), .5), where=both > 0), w[i])
+
 # %% ../nbs/05_metrics.ipynb #8481781c
 def _by_class(name, values): # values: one (B,) array per class
     return {f'{name}_macro': np.mean(values, 0)} | {f'{name}_{c}': v for c,v in zip(CLASSES, values)}
@@ -170,7 +176,7 @@ def metric_samples(y:np.ndarray,  # (N,) true class 0..3
     "Every metric of images, for all resamples at once."
     want = lambda *starts: metrics is None or any(m.startswith(starts) for m in metrics)
     out = {}
-    if want('auc'): out |= _by_class('auc', [auc(y == k, p[:,k], w) for k in range(len(CLASSES))])
+    if want('auc'): out |= _by_class('auc', [auc(y == k, p[:,k], w) for k in range(len(CLASSES))]) | dict(auc_typical_indeterminate=auc_between(y, p, w, 1, 2))
     if want('ap'): out |= _by_class('ap', [average_precision(y == k, p[:,k], w) for k in range(len(CLASSES))])
     if want('f1', 'balanced', 'accuracy', 'recall'):
         c = confusion(y, p.argmax(1), w)

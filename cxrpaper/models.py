@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'input_statistics', 'Encoder', 'Classifier', 'class_weights', 'classification_loss', 'BalancedCE',
-           'lite0_to_timm', 'read_weights', 'weights_url', 'imagenet_file', 'download', 'fit_weights', 'weights_digest',
-           'save_weights', 'load_weights', 'load_pretrained', 'run_weights', 'describe', 'native_bf16', 'autocast_for',
-           'fastest']
+           'BalancedBCE', 'lite0_to_timm', 'read_weights', 'weights_url', 'imagenet_file', 'download', 'fit_weights',
+           'weights_digest', 'save_weights', 'load_weights', 'load_pretrained', 'run_weights', 'describe',
+           'native_bf16', 'autocast_for', 'fastest']
 
 # %% ../nbs/02_models.ipynb #1e22f86d
 import difflib, hashlib, json, pickle, sys, urllib.request
@@ -33,10 +33,13 @@ def input_statistics(arch:str # a timm architecture
 class Encoder(nn.Module):
     "A timm network without its head: gray in [0, 1] to feature maps of falling resolution."
     def __init__(self, arch:str='tf_efficientnet_lite0', # any timm architecture with `features_only`
-                 in_chans:int=1):                        # channels of the input: 1 for a radiograph
+                 in_chans:int=1,                         # channels of the input: 1 for a radiograph
+                 output_stride:int=32):                  # input pixels per point of the last map; below 32 the last stage is dilated, its weights are the same
         super().__init__()
-        try: self.model = timm.create_model(arch, features_only=True, in_chans=in_chans, pretrained=False)
-        except (RuntimeError, AttributeError, ValueError) as e:
+        stride = {} if output_stride == 32 else dict(output_stride=output_stride)
+        try: self.model = timm.create_model(arch, features_only=True, in_chans=in_chans, pretrained=False, **stride)
+        except (RuntimeError, AttributeError, ValueError, TypeError) as e:
+            if stride: raise InputError(f'{arch} cannot be dilated to 1/{output_stride}', field='arch', cure='use another arch, or a decoder other than deeplabv3plus') from None
             near = difflib.get_close_matches(arch, timm.list_models(), 3)
             raise InputError(f'{arch!r} cannot be built ({e})', field='arch', cure=f'use a timm name{" such as " + ", ".join(near) if near else ""}') from None
         self.arch,self.in_chans = arch,in_chans
@@ -107,6 +110,19 @@ class BalancedCE(nn.Module):
     def forward(self, logits:Tensor, # (N, C)
                 target:Tensor        # (N,) int64, -1 = unlabelled
                ) -> Tensor: return classification_loss(logits, target, self.weights, self.smoothing)
+
+    def scores(self, logits): return logits # whose softmax are the probabilities
+
+# %% ../nbs/02_models.ipynb #3d277270
+class BalancedBCE(BalancedCE):
+    "One binary cross-entropy per class, summed over classes, each image weighted by its class, mean over the labelled images."
+    def forward(self, logits, target): # as in `BalancedCE`
+        at = target.clamp(min=0)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), F.one_hot(at, logits.shape[1]).float(), reduction='none').sum(1)*(target >= 0)
+        if self.weights is not None: loss = loss*self.weights.to(loss)[at]
+        return loss.sum()/(target >= 0).sum().clamp(min=1)
+
+    def scores(self, logits): return F.logsigmoid(logits)
 
 # %% ../nbs/02_models.ipynb #5d81d471
 _LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1) # blocks per stage

@@ -12,7 +12,8 @@ from cxrpaper.store import build_store
 
 ROOT = Path(__file__).resolve().parent.parent
 P = dict(arch='resnet10t', pretrain='none', weights=None, px=64, n_folds=3, fold=0, seed=0, epochs=6, batch_size=8, lr=1e-3, encoder_lr=1., weight_decay=.01,
-         drop=.2, augmentation='light', class_weight_power=.5)
+         drop=.2, augmentation='light', class_weight_power=.5, loss='ce', multitask=False, decoder='unet', decoder_width=32, seg_weight=1., dice_share=.5,
+         masks='true', weighting='fixed', schedule='joint')
 
 SCRIPT = '''
 import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
@@ -73,14 +74,14 @@ def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
     rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3); auc = {}
     for name,labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
         p = SimpleNamespace(**P | dict(epochs=10, lr=3e-3, augmentation='none'))
-        _,history,_ = fit(SimpleNamespace(images=images), labels, rows, p, tmp_path/f'{name}.pt')
+        history = fit(SimpleNamespace(images=images, masks=store.masks), cohort.images.assign(label=labels), rows, p, tmp_path/f'{name}.pt')[1]
         auc[name] = history.val_auc_macro.iloc[-1]
     assert auc['planted'] > .95 and abs(auc['shuffled'] - .5) < .2, auc
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     with pytest.raises(InputError, match='the loss is nan.*Cure: lower lr'):
-        fit(store, cohort.images.label.values, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path/'c.pt')
+        fit(store, cohort.images, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path/'c.pt')
 
 def test_predictions_do_not_depend_on_the_batch_size(data):
     cohort,store = data; torch.manual_seed(0)
