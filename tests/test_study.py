@@ -1,19 +1,20 @@
 "The whole graph, small: every table and figure from DICOM files; unchanged work is skipped; a killed study ends with the same bytes."
 import hashlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, pytest, yaml
+import pandas as pd, psutil, pytest, yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STUDY = dict(profile='smoke', data_root='data/tiny', adapter='siim', px=64, n_folds=3, folds=[0, 1, 2], seeds=[0], threads=1, gpus=0,
              finetune=dict(epochs=1, batch_size=8), table2=[dict(arch='resnet10t', pretrain='none')])
 
-def clone(to):
-    "The project's sources in a folder of their own, with a tiny phantom as its data."
+def clone(to, like=None):
+    "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
     to.mkdir()
     for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for f in ('settings.ini', 'Snakefile'): shutil.copy(ROOT/f, to/f)
     (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY))
+    if like: shutil.copytree(like/'data'/'tiny', to/'data'/'tiny'); return to
     code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
     subprocess.run([sys.executable, '-c', code], cwd=to, env=environment(to), check=True)
     return to
@@ -71,13 +72,31 @@ def test_a_changed_parameter_reruns_what_depends_on_it(whole):
     jobs = plan[plan.index('Job stats:'):].split('\n\n')[0]
     assert 'finetune' in jobs and 'tables' in jobs and 'store' not in jobs and 'phantom' not in jobs
 
+def seen(root, what):
+    "Is there a file, not empty, that matches?"
+    try: return any(f.stat().st_size for f in root.glob(what))
+    except FileNotFoundError: return False # gone again
+
+def kill(root, moment, seconds=300):
+    "Start the study; kill all of its processes as soon as a file matches `moment`."
+    p = subprocess.Popen(command(), cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + seconds
+    while not seen(root, moment):
+        assert p.poll() is None and time.time() < end, f'{moment} was not seen'
+        time.sleep(.02)
+    others = psutil.Process(p.pid).children(recursive=True) # kernels have sessions of their own
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    for o in others:
+        try: o.kill()
+        except psutil.NoSuchProcess: pass
+    subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
+
 def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
-    root = clone(tmp_path/'clone')
-    for seconds in (14, 25):
-        p = subprocess.Popen(command(), cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(seconds)
-        os.killpg(p.pid, signal.SIGKILL); p.wait()
-        subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
-    assert not (root/'figures'/'table2.csv').exists(), 'killed too late to show anything'
+    "Killed while radiographs are decoded, and between a model's training and its predictions."
+    root = clone(tmp_path/'clone', whole)
+    kill(root, 'data/stores/building-*/journal')
+    assert not list(root.glob('data/stores/*/store.json')), 'killed too late'
+    kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt')
+    assert len(list(root.glob('runs/smoke/finetune/*/provenance.json'))) < 3 and not (root/'figures'/'table2.csv').exists(), 'killed too late to show anything'
     study(root)
     assert results(root) == results(whole)
