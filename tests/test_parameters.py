@@ -1,5 +1,5 @@
 "papermill takes any name and any type; the notebooks must not."
-import json, re, subprocess, sys
+import json, re, subprocess, sys, uuid
 from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -56,9 +56,9 @@ def test_a_missing_pretraining_says_which_run(pretrain, tmp_path):
 def test_the_same_from_anywhere(tmp_path):
     "One small run from the root, from nbs/ and from elsewhere: the same predictions."
     args = ['-p', 'px', '64', '-p', 'epochs', '1', '-p', 'arch', 'resnet10t', '-p', 'n_folds', '3', '-p', 'pretrain', 'none']
-    seen = []
+    seen,name = [],uuid.uuid4().hex[:8]
     for i,cwd in enumerate((ROOT, ROOT/'nbs', tmp_path)):
-        run = f'runs/test/anywhere-{tmp_path.parent.name}-{tmp_path.name}-{i}'
+        run = f'runs/test/anywhere-{name}-{i}'
         r = papermill(*args, '-p', 'run', run, cwd=cwd, out=tmp_path/f'{i}.ipynb')
         assert r.returncode == 0, r.stderr[-3000:]
         seen.append((ROOT/run/'predictions.csv').read_bytes())
