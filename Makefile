@@ -29,9 +29,11 @@ paper: .venv/installed ## every table and figure, from DICOM files to figures/ (
 plan: .venv/installed ## the jobs that `make paper` would run now
 	@$(BIN)/snakemake --nolock --cores $(CORES) --config study=config/$(PROFILE).yaml --dry-run --quiet rules
 
+# a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q -ra --durations=10 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -q -ra --durations=5 -m serial tests
 
 lab: .venv/installed ## JupyterLab on nbs/index.ipynb
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -165,6 +165,7 @@ def test_batches_that_do_not_fit():
 
 # --- speed ----------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.serial
 def test_a_batch_at_once_is_faster_than_one_by_one(capsys):
     from torchvision.transforms import v2
     one = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(10, v2.InterpolationMode.BILINEAR), v2.RandomResizedCrop(128, (.8, 1), (1, 1), v2.InterpolationMode.BILINEAR, antialias=False)])

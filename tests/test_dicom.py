@@ -601,6 +601,7 @@ def test_errors_cross_process_boundaries():
     assert (e.stage, e.error, e.path, e.field, e.cure) == ('decode', 'broken', 'a.dcm', 'PixelData', 'copy it')
     assert isinstance(e, InputError) and 'broken (stage decode). Cure: copy it' in str(e)
 
+@pytest.mark.serial
 def test_reading_nine_million_pixels_takes_well_under_a_second(tmp_path):
     path = make(tmp_path/'a.dcm', chest(3000, 'u2', 16), WindowCenter=30000, WindowWidth=50000)
     seconds = []

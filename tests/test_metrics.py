@@ -270,6 +270,7 @@ def test_seeds_are_averaged_inside_a_resample(df):
 
 
 # ---------------------------------------------------------------- speed
+@pytest.mark.serial
 def test_fifty_times_faster_than_a_loop():
     big = simulate_predictions(600, seed=2).head(1200); c = read_cases(big)
     rows = [np.flatnonzero(c.unit == u) for u in range(c.n_units)]

@@ -266,6 +266,7 @@ def test_files_are_hashed_once(tiny, tmp_path, monkeypatch):
     S.file_digests([files[5]], tmp_path/'e.json'); assert not (tmp_path/'e.json').exists()
 
 
+@pytest.mark.serial
 def test_thousands_of_unchanged_files_take_seconds(tmp_path):
     (tmp_path/'f').mkdir()
     files = [tmp_path/'f'/f'{i}.bin' for i in range(5000)]
@@ -311,6 +312,7 @@ def ended(process, seconds=10):
     return False
 
 
+@pytest.mark.serial
 def test_killed_at_any_moment_and_resumed(tmp_path, start):
     n, px, rng, kills, kept = 200, 256, np.random.default_rng(0), 0, []
     c = make_cohort(tmp_path/'cohort', n)
