@@ -16,6 +16,7 @@ __all__ = ['CLASSES', 'COLUMNS', 'HEADINGS', 'OPACITIES', 'HASH_SIZE', 'COPY_DIS
 import ast, csv, importlib, json, re, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -516,7 +517,8 @@ def read_cohort(root=None,          # folder of a corpus; None: the phantom of t
                ) -> Cohort:
     "The radiographs of any known corpus."
     root = phantom('smoke') if root is None else resolve(root)
-    readers = dict(siim=read_siim, siim_tables=read_siim_tables, real_cxr=read_real_cxr, chestxray14=read_chestxray14, chexpert=read_chexpert, csv=read_lone_table, saved=load_cohort)
+    readers = dict(siim=read_siim, siim_tables=read_siim_tables, real_cxr=read_real_cxr, real_cxr_all=partial(read_real_cxr, surrogate=False),
+                   chestxray14=read_chestxray14, chexpert=read_chexpert, csv=read_lone_table, saved=load_cohort)
     if adapter == 'auto': adapter = which_adapter(root)
     if adapter not in readers: raise InputError(f'{adapter!r} is not known', field='adapter', cure=f'give auto, {", ".join(readers)}')
     return readers[adapter](root, **options)

@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'LIMIT', 'MASK_METRICS', 'steps', 'MaskScores', 'score_masks
            'predicted', 'at_threshold', 'dice_curve', 'best_threshold', 'pixel_pr', 'pixel_ap', 'prior_logits',
            'MaskCases', 'mask_cases', 'evaluate_masks', 'mask_difference']
 
-# %% ../nbs/05_segmentation.ipynb #seg00003
+# %% ../nbs/05_segmentation.ipynb #5e900003
 from dataclasses import dataclass, fields
 import zipfile, zlib
 import numpy as np
@@ -18,7 +18,7 @@ from .cohort import CLASSES
 from .store import pixel_span
 from .metrics import percentile_interval, resampled_units
 
-# %% ../nbs/05_segmentation.ipynb #seg00009
+# %% ../nbs/05_segmentation.ipynb #5e900009
 STEPS = 256 # equal steps of logits
 LIMIT = 8.  # the logits they span: -LIMIT to LIMIT
 
@@ -29,7 +29,7 @@ def steps(logits) -> np.ndarray: # any shape, finite -> the same shape, uint8
     s = np.floor(np.clip(x, -LIMIT, LIMIT)*(STEPS/(2*LIMIT))) + STEPS//2
     return np.minimum(s, STEPS - 1).astype(np.uint8)
 
-# %% ../nbs/05_segmentation.ipynb #seg00012
+# %% ../nbs/05_segmentation.ipynb #5e900012
 @dataclass(frozen=True, eq=False)
 class MaskScores:
     "Pixels of predicted masks, counted by step of their logit; one row per annotated image."
@@ -53,8 +53,8 @@ class MaskScores:
         box = np.repeat(end - n.cumsum(), n) + np.arange(n.sum())
         return MaskScores(self.images.iloc[rows].reset_index(drop=True), self.inside[rows], self.outside[rows], self.boxes[box], np.repeat(np.arange(len(rows)), n))
 
-# %% ../nbs/05_segmentation.ipynb #seg00014
-def _pixel_counts(s, masks): # (n,px,px) uint8 steps; (n,px,px) 0 or 1 -> (n,2,STEPS): outside, inside
+# %% ../nbs/05_segmentation.ipynb #5e900014
+def _pixel_counts(s, masks): # (n,px,px) uint8 steps; (n,px,px) bool -> (n,2,STEPS): outside, inside
     place = (2*np.arange(len(s))[:, None, None] + masks)*STEPS + s
     return np.bincount(place.ravel(), minlength=len(s)*2*STEPS).reshape(-1, 2, STEPS).astype(np.uint32)
 
@@ -63,8 +63,8 @@ def _box_counts(s, boxes): # (n,px,px) uint8 steps; n arrays (k,4) -> (M,STEPS)
     counts = [np.bincount(one[pixel_span(y, y+h, px), pixel_span(x, x+w, px)].ravel(), minlength=STEPS) for one,b in zip(s, boxes) for x,y,w,h in b]
     return np.array(counts, np.uint32).reshape(-1, STEPS)
 
-# %% ../nbs/05_segmentation.ipynb #seg00015
-_IDENTITY = ['image', 'study', 'patient', 'group', 'fold', 'split', 'label']
+# %% ../nbs/05_segmentation.ipynb #5e900015
+_IDENTITY = dict(image=str, study=str, patient=str, group=str, fold=int, split=str, label=int)
 
 def score_masks(logits,              # (N,px,px) float: predicted mask logits
                 masks,               # (N,px,px) uint8: truth, 0 or 1
@@ -74,19 +74,21 @@ def score_masks(logits,              # (N,px,px) float: predicted mask logits
     "Count the pixels of predicted masks; a run does this batch by batch and joins."
     logits,masks,boxes = np.asarray(logits), np.asarray(masks), [np.asarray(b, float).reshape(-1, 4) for b in boxes]
     _check_masks(logits, masks, boxes, images)
-    keep = np.flatnonzero(images.annotated)
-    boxes,images = [boxes[i] for i in keep], images.iloc[keep][_IDENTITY].reset_index(drop=True)
+    keep = np.flatnonzero(images.annotated.astype(bool))
+    boxes,images = [boxes[i] for i in keep], images.iloc[keep][list(_IDENTITY)].astype(_IDENTITY).reset_index(drop=True)
     _check_values(logits[keep], masks[keep], boxes, images)
     parts = [keep[i:i+32] for i in range(0, len(keep), 32)]
-    counts = np.concatenate([np.zeros((0, 2, STEPS), np.uint32)] + [_pixel_counts(steps(logits[p]), masks[p]) for p in parts])
+    counts = np.concatenate([np.zeros((0, 2, STEPS), np.uint32)] + [_pixel_counts(steps(logits[p]), masks[p] == 1) for p in parts])
     return MaskScores(images, counts[:,1], counts[:,0], _box_counts(steps(logits[keep]), boxes), np.repeat(np.arange(len(keep)), [len(b) for b in boxes]).astype(int))
 
-# %% ../nbs/05_segmentation.ipynb #seg00017
+# %% ../nbs/05_segmentation.ipynb #5e900017
 def _check_masks(logits, masks, boxes, images):
     "Do the four inputs of `score_masks` belong together?"
     bad = lambda problem, field, cure: InputError(problem, field=field, cure=cure)
     if missing := [c for c in (*_IDENTITY, 'annotated') if c not in images]:
         raise bad(f'no column {", ".join(missing)}', 'images', 'take them from the table of the store; annotated says whose mask can be believed')
+    if (empty := images[list(_IDENTITY)].isna().any()).any(): raise bad('empty in some rows', f'images, column {empty.idxmax()}', 'every row says whose image it is and how it was used')
+    if not images.annotated.isin([True, False]).all(): raise bad('neither True nor False in some rows', 'images, column annotated', 'read the table with open_store or load_cohort')
     if logits.ndim != 3: raise bad(f'shape {logits.shape}', 'logits', 'give (images, px, px): drop the channel axis')
     if masks.shape != logits.shape: raise bad(f'shape {masks.shape}, but the logits have {logits.shape}', 'masks', 'predict at the size of the store, with one mask per image')
     for name,x in (('boxes', boxes), ('images', images)):
@@ -95,14 +97,14 @@ def _check_masks(logits, masks, boxes, images):
 def _check_values(logits, masks, boxes, images):
     "Are all values of these images in their range?"
     first = lambda ok: str(images.image[int(np.argmin(ok))])
-    ok = dict(logits=np.isfinite(logits).all((1, 2)), masks=(masks <= 1).all((1, 2)) & (masks >= 0).all((1, 2)),
+    ok = dict(logits=np.isfinite(logits).all((1, 2)), masks=((masks == 0) | (masks == 1)).all((1, 2)),
               boxes=np.array([np.isfinite(b).all() and (b[:, 2:] > 0).all() for b in boxes], bool), label=images.label.isin(range(-1, len(CLASSES))).to_numpy())
     said = dict(logits=('values that are not finite', 'the run diverged: look at its history.csv, lower lr, run it again'), masks=('values besides 0 and 1', 'give Store.masks'),
                 boxes=('not all boxes have a finite place and a positive size', 'give Store.boxes(i)'), label=('not a class', 'labels are -1 (none) to 3'))
     for field,good in ok.items():
         if not good.all(): raise InputError(said[field][0], file=f'image {first(good)}', field=field, cure=said[field][1])
 
-# %% ../nbs/05_segmentation.ipynb #seg00021
+# %% ../nbs/05_segmentation.ipynb #5e900021
 def join(parts       # list of MaskScores, of batches, splits or folds
         ) -> MaskScores:
     "Several MaskScores as one."
@@ -112,11 +114,11 @@ def join(parts       # list of MaskScores, of batches, splits or folds
     cat = lambda name: np.concatenate([getattr(p, name) for p in parts])
     return MaskScores(pd.concat([p.images for p in parts], ignore_index=True), cat('inside'), cat('outside'), cat('boxes'), np.concatenate([p.box_of + s for p,s in zip(parts, start)]))
 
-# %% ../nbs/05_segmentation.ipynb #seg00024
+# %% ../nbs/05_segmentation.ipynb #5e900024
 def save_mask_scores(scores:MaskScores, folder): # a run's folder
     "Write `segmentation.npz`, atomically; no pickles in it."
     t = scores.images
-    table = {f'images.{c}': t[c].to_numpy(int) if c in ('fold', 'label') else np.array(t[c].astype(str).tolist(), dtype=str) for c in _IDENTITY}
+    table = {f'images.{c}': np.array(t[c].tolist(), dtype=kind) for c,kind in _IDENTITY.items()}
     with atomic(resolve(folder)/'segmentation.npz') as tmp, open(tmp, 'wb') as f:
         np.savez_compressed(f, **table, **{k.name: getattr(scores, k.name) for k in fields(scores)[1:]})
 
@@ -125,8 +127,8 @@ def load_mask_scores(folder) -> MaskScores:
     file = resolve(folder)/'segmentation.npz'
     try:
         with np.load(file) as z: data = {k: z[k] for k in z.files}
-        scores = MaskScores(pd.DataFrame({c: data[f'images.{c}'] if c in ('fold', 'label') else data[f'images.{c}'].astype(object) for c in _IDENTITY}),
-                            *(data[k.name] for k in fields(MaskScores)[1:]))
+        images = pd.DataFrame({c: data[f'images.{c}'].tolist() for c in _IDENTITY}).astype(_IDENTITY)
+        scores = MaskScores(images, *(data[k.name] for k in fields(MaskScores)[1:]))
         n,m = len(scores), len(scores.box_of)
         if scores.inside.shape != (n, STEPS) or scores.outside.shape != (n, STEPS) or scores.boxes.shape != (m, STEPS): raise ValueError('its parts differ in length')
         return scores
@@ -134,7 +136,7 @@ def load_mask_scores(folder) -> MaskScores:
         problem = 'no such file' if not file.exists() else f'damaged ({type(e).__name__})'
         raise InputError(problem, file=show_path(file), cure='run the notebook that trains this model with a mask head again') from None
 
-# %% ../nbs/05_segmentation.ipynb #seg00027
+# %% ../nbs/05_segmentation.ipynb #5e900027
 def _ratio(part, whole): # NaN where the whole is zero
     part,whole = np.broadcast_arrays(part, whole)
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
@@ -144,7 +146,7 @@ def predicted(counts:np.ndarray) -> np.ndarray: # (...,STEPS) -> (...,STEPS)
     exact = float if np.issubdtype(counts.dtype, np.floating) else np.int64
     return np.cumsum(counts[..., ::-1], -1, dtype=exact)[..., ::-1]
 
-# %% ../nbs/05_segmentation.ipynb #seg00028
+# %% ../nbs/05_segmentation.ipynb #5e900028
 def at_threshold(scores:MaskScores,
                  step:int             # predict the pixels in this step or above: 0 (all) to 255
                 ) -> pd.DataFrame:    # the images, with dice, iou, area, true_area, n_boxes, found
@@ -158,7 +160,7 @@ def at_threshold(scores:MaskScores,
     return scores.images.assign(dice=defined(2*hit, true + hit + extra), iou=defined(hit, true + extra), area=_ratio(hit + extra, px), true_area=_ratio(true, px),
                                 n_boxes=per_image(), found=per_image(found))
 
-# %% ../nbs/05_segmentation.ipynb #seg00034
+# %% ../nbs/05_segmentation.ipynb #5e900034
 def dice_curve(scores:MaskScores) -> np.ndarray: # (STEPS,)
     "Mean Dice at every threshold, over the images whose true mask is not empty."
     has = scores.inside.any(1)
@@ -173,7 +175,7 @@ def best_threshold(scores:MaskScores) -> int: # of validation images
     best = np.flatnonzero(mean == mean.max())
     return int(best[np.abs(best - STEPS//2).argmin()])
 
-# %% ../nbs/05_segmentation.ipynb #seg00039
+# %% ../nbs/05_segmentation.ipynb #5e900039
 def pixel_pr(inside:np.ndarray,  # (...,STEPS) counts of the pixels of true masks
              outside:np.ndarray  # (...,STEPS) counts of the others
             ) -> tuple:          # recall and precision, each (...,STEPS), from the strictest threshold to the loosest
@@ -186,7 +188,7 @@ def pixel_ap(inside:np.ndarray, outside:np.ndarray) -> np.ndarray: # (...,STEPS)
     recall,precision = pixel_pr(inside, outside)
     return (np.diff(recall, axis=-1, prepend=0)*np.nan_to_num(precision)).sum(-1)
 
-# %% ../nbs/05_segmentation.ipynb #seg00044
+# %% ../nbs/05_segmentation.ipynb #5e900044
 def prior_logits(masks # (M,px,px) 0 or 1: masks of the annotated training images, empty ones included
                 ) -> np.ndarray: # (px,px) float64, within +-LIMIT
     "The logits of the mean training mask: the box prior, to be predicted for every image (np.broadcast_to)."
@@ -195,7 +197,7 @@ def prior_logits(masks # (M,px,px) 0 or 1: masks of the annotated training image
     p = masks.mean(0, dtype=float)
     with np.errstate(divide='ignore'): return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)
 
-# %% ../nbs/05_segmentation.ipynb #seg00049
+# %% ../nbs/05_segmentation.ipynb #5e900049
 MASK_METRICS = [f'{m}{c}' for m in ('dice', 'iou', 'box_recall') for c in ('', *(f'_{k}' for k in CLASSES))] + ['area_negative'] + ['pixel_ap'] + [f'pixel_ap_{k}' for k in CLASSES]
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +214,7 @@ class MaskCases:
         "Every metric in each resample: (len(MASK_METRICS),B)."
         return np.vstack([_ratio(*(self.ratios @ counts)), pixel_ap(*(counts.T @ self.pixels))])
 
-# %% ../nbs/05_segmentation.ipynb #seg00050
+# %% ../nbs/05_segmentation.ipynb #5e900050
 def _check_run(run, name, leaky):
     "val and test rows in one fold, no image twice, no patient in both."
     bad = lambda problem, field, cure: InputError(problem, file=name, field=field, cure=cure)
@@ -232,7 +234,7 @@ def _judge(run, name): # -> the test images of a run, and the same at its thresh
     try: return test, at_threshold(test, best_threshold(val))
     except InputError as e: raise InputError(e.problem, file=name, field='val', cure='give val images with opacities: they choose the threshold') from None
 
-# %% ../nbs/05_segmentation.ipynb #seg00051
+# %% ../nbs/05_segmentation.ipynb #5e900051
 def _sums(rows, scores, unit, n_units, by): # rows: at_threshold of scores
     "The arrays of MaskCases."
     has,label = (rows.true_area > 0).to_numpy(), rows.label.to_numpy()
@@ -250,7 +252,7 @@ def _sums(rows, scores, unit, n_units, by): # rows: at_threshold of scores
     count = (lambda m: m.sum()) if by == 'image' else (lambda m: rows.study[m].nunique())
     return ratios, pixels, np.array([count(m) for m in members]), np.array([len(np.unique(unit[m])) for m in members])
 
-# %% ../nbs/05_segmentation.ipynb #seg00052
+# %% ../nbs/05_segmentation.ipynb #5e900052
 def mask_cases(runs,             # list of MaskScores, one per fold of a seed
                unit:str='group', # what is resampled: group, patient, study or image
                by:str='image',   # image, or study: its images are averaged first
@@ -261,6 +263,7 @@ def mask_cases(runs,             # list of MaskScores, one per fold of a seed
     for v,field,known in ((unit, 'unit', ('group', 'patient', 'study', 'image')), (by, 'by', ('image', 'study'))):
         if v not in known: raise InputError(f'{v!r} is not known', field=field, cure=f'use {", ".join(known[:-1])} or {known[-1]}')
     runs = [runs] if isinstance(runs, MaskScores) else list(runs)
+    if not runs: raise InputError('no runs', file=name, field='seeds', cure='give one list of MaskScores (one a fold) for each seed')
     for i,r in enumerate(runs): _check_run(r, f'{name}, run {i}', leaky)
     tests,rows = zip(*(_judge(r, f'{name}, run {i}') for i,r in enumerate(runs)))
     scores,rows = join(tests), pd.concat(rows, ignore_index=True)
@@ -274,7 +277,7 @@ def mask_cases(runs,             # list of MaskScores, one per fold of a seed
     images = rows[['image', 'label', 'n_boxes']].assign(unit=code, empty=rows.true_area == 0)
     return MaskCases(images, len(names), *_sums(rows, scores, code, len(names), by))
 
-# %% ../nbs/05_segmentation.ipynb #seg00058
+# %% ../nbs/05_segmentation.ipynb #5e900058
 def _seed_cases(seeds, unit, by, leaky): # one list of runs per seed
     "MaskCases of every seed, all of the same images with the same truth."
     if isinstance(seeds, MaskScores) or not len(seeds): raise InputError('no list of runs', field='seeds', cure='give one list of MaskScores (one a fold) for each seed')
@@ -290,7 +293,7 @@ def _resample(cases, weights, n_boot, seed): # weights: one number per case
     parts = [sum(w*c.samples(counts) for w,c in zip(weights, cases)) for counts in resampled_units(cases[0].n_units, n_boot, seed)]
     return points, np.concatenate(parts, 1)
 
-# %% ../nbs/05_segmentation.ipynb #seg00059
+# %% ../nbs/05_segmentation.ipynb #5e900059
 def evaluate_masks(seeds,             # one list of runs (MaskScores of a fold, with val and test rows) per seed
                    n_boot:int=2000,   # resamples
                    seed:int=0,        # of the resampling
@@ -308,17 +311,19 @@ def evaluate_masks(seeds,             # one list of runs (MaskScores of a fold, 
         rows.append(dict(metric=k, value=points[:, i].mean(), lo=lo, hi=hi, n=cases[0].n[i], n_units=cases[0].units[i], n_boot=used, n_seeds=len(cases)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_segmentation.ipynb #seg00068
+# %% ../nbs/05_segmentation.ipynb #5e900068
 def mask_difference(a, b,             # one list of runs per seed, of A and of B
                     n_boot:int=2000, seed:int=0, unit:str='group', by:str='image', level:float=.95, leaky:bool=False
                    ) -> pd.DataFrame: # metric, a, b, difference, lo, hi, p, n, n_units, n_boot
     "A minus B on the same resampled patients, with percentile interval and two-sided p."
+    for v,field in ((a, 'a'), (b, 'b')):
+        if isinstance(v, MaskScores) or not len(v): raise InputError('no list of runs', field=field, cure='give one list of MaskScores (one a fold) for each seed')
     cases = _seed_cases([*a, *b], unit, by, leaky)
     points,samples = _resample(cases, [1/len(a)]*len(a) + [-1/len(b)]*len(b), n_boot, seed)
     rows = []
     for i,k in enumerate(MASK_METRICS):
         lo,hi,used = percentile_interval(samples[i], level)
-        wrong = min((samples[i] <= 0).sum(), (samples[i] >= 0).sum())
+        wrong = min((samples[i] <= 1e-12).sum(), (samples[i] >= -1e-12).sum()) # a tie stays a tie, whatever the order of summing
         p = np.nan if np.isnan(lo) else min(1., 2*(wrong + 1)/(used + 1))
         one,two = points[:len(a), i].mean(), points[len(a):, i].mean()
         rows.append(dict(metric=k, a=one, b=two, difference=one - two, lo=lo, hi=hi, p=p, n=cases[0].n[i], n_units=cases[0].units[i], n_boot=used))

@@ -95,7 +95,7 @@ def test_digest_sees_every_column(tmp_path):
 
 @needs_cxr
 def test_real_cxr():
-    c, everything = read_cohort(CXR), read_cohort(CXR, surrogate=False)
+    c, everything = read_cohort(CXR), read_cohort(CXR, 'real_cxr_all')
     im = c.images
     assert per_class(im.label) == [55, 51, 47, 97] and len(everything.images) == 987 and (everything.images.label >= 0).sum() == 250
     s = box_statistics(im)

@@ -5,8 +5,9 @@ import pandas as pd, psutil, pytest, yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-STUDY = dict(profile='smoke', data_root='data/tiny', adapter='siim', px=64, n_folds=3, folds=[0, 1, 2], seeds=[0], threads=1, gpus=0,
-             finetune=dict(epochs=1, batch_size=8), table2=[dict(arch='resnet10t', pretrain='none')])
+SINGLE = dict(arch='resnet10t', pretrain='none')
+STUDY = dict(name='smoke', profile='smoke', phantom=None, data_root='data/tiny', adapter='siim', figures='figures', px=64, n_folds=3, folds=[0, 1], seeds=[0], threads=1, gpus=0,
+             finetune=dict(epochs=1, batch_size=8), table2=[SINGLE], table3=[SINGLE, SINGLE | dict(multitask=True)])
 
 def clone(to, like=None):
     "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
@@ -37,7 +38,7 @@ def whole(tmp_path_factory):
     return root
 
 def test_every_table_and_figure_is_there(whole):
-    names = {f'{t}.{e}' for t in ('table1', 'table2') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in (2, 4, 5) for e in ('svg', 'png', 'json')}
+    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in (2, 4, 5, 8, 13) for e in ('svg', 'png', 'json')}
     assert set(results(whole)) == names
     t = pd.read_csv(whole/'figures'/'table2.csv')
     assert {'row', 'metric', 'value', 'lo', 'hi', 'n', 'n_units', 'n_seeds', 'runs'} <= set(t)
