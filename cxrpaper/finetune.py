@@ -241,6 +241,8 @@ def fit(store, images:pd.DataFrame, rows:dict, # the store, the cohort's table, 
        ): # (model with the weights of the best epoch, history, provenance of the start, best epoch)
     "Train one model; goes on from `checkpoint` where it exists."
     labels = images.label.values
+    if p.multitask and not any(images.annotated.values[i] and store.masks[i].any() for i in rows['train']):
+        raise InputError('no training image has a mask', field='multitask', cure='use a corpus with boxes or masks, or set multitask to false')
     model,source = make_model(p)
     taught = {k: TaughtMasks(store.masks, images.annotated, kind, rows['train'], labels, images.group, p.seed) if p.multitask else None for k,kind in (('train', p.masks), ('val', 'true'))}
     train = Batches(store.images, rows['train'], labels, p.batch_size, device, seed=p.seed, taught=taught['train'])

@@ -192,6 +192,12 @@ def test_a_run_holds_masks_that_can_be_recomputed(data, tmp_path):
     prior = load_mask_scores(tmp_path/'r'/'prior')
     assert set(prior.images.split) == {'val', 'test'} and (prior.of('test').images.image.values == scores.images.image.values).all()
 
+def test_a_corpus_without_masks_is_refused_before_training(data, tmp_path):
+    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    with pytest.raises(InputError, match='no training image has a mask.*Cure: use a corpus with boxes'):
+        fit(store, cohort.images.assign(annotated=cohort.images.label == 0), rows, SimpleNamespace(**MULTI), tmp_path/'c.pt')
+    assert not (tmp_path/'c.pt').exists()
+
 def test_a_diverging_decoder_stops_the_run(data, tmp_path):
     cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     with pytest.raises(InputError, match='the loss is nan.*Cure: lower lr'): fit(store, cohort.images, rows, SimpleNamespace(**MULTI | dict(lr=1e18)), tmp_path/'c.pt')
