@@ -31,7 +31,7 @@ plan: .venv/installed ## the jobs that `make paper` would run now
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest -q -ra --durations=5 -m serial tests
 
