@@ -166,7 +166,7 @@ def figure_masks(cohort, run):  # a cohort, a finished multi-task run
 def weight_sweep(study) -> list: # [(weight, row)], the single-task row first, with weight 0
     "The rows of Table 3 that differ in nothing but the weight of the segmentation loss."
     base = study['table3'][0]
-    rows = [(r.get('seg_weight', 1.), r) for r in study['table3'] if r.get('multitask') and set(r) - set(base) <= {'multitask', 'seg_weight'} and all(r[k] == base[k] for k in base)]
+    rows = [((study['finetune'] | r).get('seg_weight', 1.), r) for r in study['table3'] if r.get('multitask') and set(r) - set(base) <= {'multitask', 'seg_weight'} and all(r[k] == base[k] for k in base)]
     return [(0., base)] + sorted(rows, key=lambda t: t[0])
 
 def figure_sweep(study, n_boot=2000, seed=0):
