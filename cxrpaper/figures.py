@@ -158,7 +158,7 @@ def figure_masks(cohort, run):  # a cohort, a finished multi-task run
                 draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px, step)
                 two[0].set_title(f'{word}: ' + (f'Dice {t.dice[i]:.2f}' if np.isfinite(t.dice[i]) else f'{t.area[i]:.1%} drawn'), loc='left')
             line[0].set_ylabel(f"{c}\nn = {int(((t.label == CLASSES.index(c)) & (t.dice.notna() | (t.label == 0))).sum())}")
-        fig.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), 'viridis'), ax=axs.tolist(), shrink=.4, label='predicted probability')
+        fig.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), 'viridis'), ax=axs.ravel().tolist(), shrink=.4, label='predicted probability')
         plt.close(fig)
     return fig, {c: [t.image[i] for i in pair] for c,pair in chosen.items()}
 

@@ -151,10 +151,10 @@ CONTROLS = ('presence', 'shuffled') # masks that keep what is known of the class
 def differences(frames:dict, # row -> one frame per seed
                 pairs:list,  # (row, row to compare with)
                 n_boot=2000, seed=0) -> pd.DataFrame: # row, than, metric, a, b, value (a - b), lo, hi, p, p_holm, n, n_units, n_boot
-    "Paired differences of every metric; p corrected by Holm over the pairs, for each metric by itself."
+    "Paired differences of every metric; p corrected by Holm over the pairs that ask the same question, for each metric by itself."
     made = [bootstrap_difference(frames[a], frames[b], n_boot, seed).assign(row=a, than=b) for a,b in pairs]
     out = pd.concat(made, ignore_index=True).rename(columns=dict(difference='value'))
-    out['p_holm'] = out.groupby('metric').p.transform(holm)
+    out['p_holm'] = out.groupby(['metric', out.than == 'single-task']).p.transform(holm)
     return out[['row', 'than', 'metric', 'a', 'b', 'value', 'lo', 'hi', 'p', 'p_holm', 'n', 'n_units', 'n_boot']]
 
 # %% ../nbs/06_tables.ipynb #ed61b562
