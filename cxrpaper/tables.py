@@ -177,15 +177,15 @@ def mask_runs(study, row, name='segmentation'): # one list per seed of MaskScore
     return [[load_mask_scores(resolve(r)/name) for r,p in runs.items() if p['seed'] == s] for s in study['seeds']]
 
 def multitask_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, mask metrics, frames of the first row)
-    "The numbers of Table 3: rows as in the study file, the box prior last among the masks."
+    "The numbers of Table 3: rows as in the study file, the box prior last among the masks; `study_` marks mask metrics whose images were averaged by study first."
     rows = {row_title(r): r for r in study['table3']}
     frames = {k: row_frames(study, r) for k,r in rows.items()}
     long = pd.concat([evaluate(f, n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, rows[k]))) for k,f in frames.items()], ignore_index=True)
     others = [(k, 'single-task') for k in rows if k != 'single-task'] + [('multi-task', k) for c in CONTROLS if (k := f'multi-task, {c} masks') in rows]
-    drawn = {k: r for k,r in rows.items() if r.get('multitask')}
-    masks = [evaluate_masks(mask_runs(study, r), n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, r))) for k,r in drawn.items()]
-    prior = next(iter(drawn.values()))
-    masks.append(evaluate_masks(mask_runs(study, prior, 'prior')[:1], n_boot, seed).assign(row='box prior', runs=' '.join(row_runs(study, prior))))
+    drawn = [(k, r, mask_runs(study, r)) for k,r in rows.items() if r.get('multitask')]
+    drawn.append(('box prior', drawn[0][1], mask_runs(study, drawn[0][1], 'prior')[:1])) # the same for every seed
+    masks = [evaluate_masks(m, n_boot, seed, by=by).assign(metric=lambda d: prefix + d.metric, row=k, runs=' '.join(row_runs(study, r)))
+             for k,r,m in drawn for by,prefix in (('image', ''), ('study', 'study_'))]
     return long, differences(frames, others, n_boot, seed), pd.concat(masks, ignore_index=True), frames['single-task']
 
 # %% ../nbs/06_tables.ipynb #50641d4d
