@@ -143,7 +143,7 @@ def draw_prediction(axs, row, cohort, model, px, step): # two axes; a row of the
     if row.mask_path: axs[0].contour(x, y, true, [.5], colors='#E69F00', linewidths=1)
     axs[1].imshow(z.sigmoid(), cmap='viridis', vmin=0, vmax=1, alpha=.4, extent=extent)
     at = (step - STEPS//2)*2*LIMIT/STEPS # the logit where the step begins
-    if z.min() < at < z.max(): axs[1].contour(x, y, z, [at], colors='#56B4E9', linewidths=1)
+    if z.min() < at < z.max(): axs[1].contour(x, y, z, [at], colors='#56B4E9', linewidths=1, linestyles='solid')
 
 # %% ../nbs/07_figures.ipynb #60cb8933
 def figure_masks(cohort, run):  # a cohort, a finished multi-task run
@@ -152,7 +152,7 @@ def figure_masks(cohort, run):  # a cohort, a finished multi-task run
     step = best_threshold(scores.of('val')); t = at_threshold(scores.of('test'), step)
     chosen = successes_and_failures(t); by = cohort.images.set_index('image', drop=False)
     with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(len(chosen), 4, figsize=(7, 1.9*len(chosen)), squeeze=False)
+        fig,axs = plt.subplots(len(chosen), 4, figsize=(7, 1.55*len(chosen)), squeeze=False)
         for line,(c,pair) in zip(axs, chosen.items()):
             for two,i,word in zip((line[:2], line[2:]), pair, ('success', 'failure')):
                 draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px, step)
