@@ -33,7 +33,8 @@ def test_parameters_are_checked(name, given, what, capsys):
     else: assert error is not None and what in str(error) and 'Cure' in str(error)
 
 @pytest.mark.parametrize('given,what', [({'lr': '1e-3'}, 'write it with a point, as 1.0e-3'), ({'lr': 7}, 'a number from'), ({'epochs': 2.5}, 'a whole number'),
-                                        ({'fold': 9}, 'folds count from 0'), ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'")])
+                                        ({'fold': 9}, 'folds count from 0'), ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'"),
+                                        ({'masks': 'shuffled'}, 'set multitask to true'), ({'multitask': True, 'px': 100}, 'divisible by 32')])
 def test_finetune_refuses(given, what, capsys):
     assert what in str(check_cells('04_finetune.ipynb', given))
 
