@@ -42,6 +42,9 @@ def test_agrees_with_sklearn_on_ties_and_weights(seed):
         want |= {f'f1_{c}': f for c,f in zip(CLASSES, f1)} | {f'recall_{c}': r for c,r in zip(CLASSES, rec)}
         want |= dict(balanced_accuracy=sk.balanced_accuracy_score(y, pred, sample_weight=v), accuracy=sk.accuracy_score(y, pred, sample_weight=v), f1_macro=f1.mean(),
                      auc_macro=np.mean([want[f'auc_{c}'] for c in CLASSES]), ap_macro=np.mean([want[f'ap_{c}'] for c in CLASSES]))
+        pair = (y == 1) | (y == 2); both = p[pair][:, 1] + p[pair][:, 2]
+        share = [a/s if s else .5 for a,s in zip(p[pair][:, 1], both)]
+        want['auc_typical_indeterminate'] = sk.roc_auc_score(y[pair] == 1, share, sample_weight=v[pair])
         assert set(want) == set(got)
         for k in want: assert abs(got[k][b] - want[k]) < 1e-12, k
 
