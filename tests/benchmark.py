@@ -6,11 +6,11 @@ import numpy as np, torch
 from cxrpaper.augment import PRESETS, augment
 from cxrpaper.cohort import read_cohort
 from cxrpaper.dicom import read_radiograph
-from cxrpaper.finetune import Batches
 from cxrpaper.models import BalancedCE, Classifier, Encoder, autocast_for, fastest
 from cxrpaper.phantom import phantom
 from cxrpaper.runs import torch_generator
 from cxrpaper.store import build_store, squash
+from cxrpaper.training import Batches
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

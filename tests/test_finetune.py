@@ -3,17 +3,18 @@ import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
-from cxrpaper.finetune import Batches, finetune, fit, make_learner, predict, split_rows
+from cxrpaper.finetune import finetune, fit, label_subset, make_model, predict, split_rows
 from cxrpaper.cohort import assign_folds, read_cohort
 from cxrpaper.models import BalancedCE, Classifier, Encoder
 from cxrpaper.phantom import PhantomConfig, write_phantom
 from cxrpaper.runs import InputError, Run, load_run, rng
 from cxrpaper.store import build_store
+from cxrpaper.training import Batches
 
 ROOT = Path(__file__).resolve().parent.parent
 P = dict(arch='resnet10t', pretrain='none', weights=None, px=64, n_folds=3, fold=0, seed=0, epochs=6, batch_size=8, lr=1e-3, encoder_lr=1., weight_decay=.01,
          drop=.2, augmentation='light', class_weight_power=.5, loss='ce', multitask=False, decoder='unet', decoder_width=32, seg_weight=1., dice_share=.5,
-         masks='true', weighting='fixed', schedule='joint')
+         masks='true', weighting='fixed', schedule='joint', freeze=False, label_fraction=1., draw=0, select='auc')
 
 SCRIPT = '''
 import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
@@ -98,3 +99,50 @@ def test_provenance_says_what_went_in(data, tmp_path):
     assert prov['n_params'] > 1e6 and prov['macs'] > 1e6 and prov['versions']['torch'] and prov['pretrained']['pretrain'] == 'none'
     df = pd.read_csv(tmp_path/'r'/'predictions.csv')
     assert set(df.split) == {'val', 'test'} and not set(df.group[df.split == 'val']) & set(df.group[df.split == 'test'])
+
+@pytest.mark.parametrize('multitask', [False, True])
+def test_a_frozen_encoder_stays_as_it_came(data, tmp_path, multitask):
+    "Weights and batch norm's statistics; the counter-test: without freezing both move."
+    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    for freeze in (True, False):
+        p = SimpleNamespace(**P | dict(epochs=1, freeze=freeze, multitask=multitask))
+        before = {k: v.clone() for k,v in make_model(p)[0].state_dict().items()}
+        after = fit(store, cohort.images, rows, p, tmp_path/f'{freeze}.pt')[0].state_dict()
+        moved = {k for k in before if (before[k] != after[k]).any()}
+        assert 'head.weight' in moved
+        encoder = {k for k in moved if k.startswith('encoder.')}
+        assert not encoder if freeze else {'encoder.model.conv1.0.weight', 'encoder.model.bn1.running_mean'} <= encoder
+
+@pytest.mark.parametrize('seed', range(20))
+def test_label_shares_are_nested_by_patient_and_stratified(seed):
+    g = rng(seed, 'label test'); n = 400
+    patients = np.array([f'p{k}' for k in g.integers(0, 150, n)]); labels = g.choice(4, n, p=(.3, .45, .17, .08)); rows = np.sort(g.choice(n, 300, replace=False))
+    last = set()
+    for f in (.01, .05, .1, .3, .6, 1.):
+        some = label_subset(labels, patients, rows, f, draw=seed)
+        assert last <= set(some) <= set(rows) and set(labels[some]) == set(labels[rows])
+        assert set(some) == {i for i in rows if patients[i] in set(patients[some])}, 'a patient without one of his images'
+        n_patients = len(set(patients[rows]))
+        assert abs(len(set(patients[some])) - f*n_patients) <= 4
+        last = set(some)
+    a,b = (label_subset(labels, patients, rows, .1, draw) for draw in (seed, seed + 1))
+    assert set(a) != set(b)
+
+def test_few_labels_are_trained_on_as_long_as_all(data, tmp_path):
+    "The same number of steps; what is left out is neither seen nor its labels used: with them changed, the weights stay the same."
+    cohort,store = data; folds = assign_folds(cohort.images, 3); p = SimpleNamespace(**P | dict(epochs=2, label_fraction=.3, select='last'))
+    finetune(Run(tmp_path/'a', vars(p)), cohort, store, folds, p, device='cpu')
+    rows = split_rows(cohort.images.label, folds, 0, 3)['train']; used = label_subset(cohort.images.label, cohort.images.group, rows, .3)
+    prov = load_run(tmp_path/'a'); assert prov['n']['train'] == len(used) < len(rows) and prov['best_epoch'] == 1
+    others = np.setdiff1d(rows, used); images = np.array(store.images); images[others] = 255 - images[others]
+    class Changed: masks,boxes,digest = store.masks,store.boxes,store.digest
+    Changed.images = images
+    finetune(Run(tmp_path/'b', vars(p)), cohort, Changed, folds, p, device='cpu')
+    assert results(tmp_path/'a') == results(tmp_path/'b')
+
+def test_the_last_epoch_asks_no_validation_label(data, tmp_path):
+    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3); changed = cohort.images.copy()
+    changed.loc[changed.index[rows['val']], 'label'] = changed.label.iloc[rows['val']].values[::-1]
+    p = SimpleNamespace(**P | dict(epochs=2, select='last'))
+    a,b = (fit(store, t, rows, p, tmp_path/f'{i}.pt')[0].state_dict() for i,t in enumerate((cohort.images, changed)))
+    assert all((a[k] == b[k]).all() for k in a)

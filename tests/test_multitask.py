@@ -2,13 +2,13 @@
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
-from cxrpaper.augment import PRESETS
 from cxrpaper.cohort import assign_folds
-from cxrpaper.finetune import Augmenting, Batches, Staging, finetune, fit, load_model, make_learner, make_loss, make_model, mask_rows, predict, split_rows
+from cxrpaper.finetune import Staging, finetune, fit, finetuner, load_model, make_loss, make_model, mask_rows, predict, split_rows
 from cxrpaper.models import BalancedBCE, BalancedCE, Classifier, Encoder, class_weights, load_pretrained, save_weights
 from cxrpaper.multitask import DECODERS, MASKS, MultiTask, MultiTaskLoss, TaughtMasks, exchange, multitask_encoder, segmentation_losses
-from cxrpaper.runs import InputError, Run, load_run, rng
+from cxrpaper.runs import InputError, Run, load_run, rng, torch_generator
 from cxrpaper.segmentation import at_threshold, load_mask_scores
+from cxrpaper.training import Batches
 from test_finetune import P, small
 
 MULTI = P | dict(multitask=True, epochs=2)
@@ -143,8 +143,8 @@ def test_masks_follow_the_augmented_image(data):
     "Where the image is its own mask, they must still agree after augmentation; counter-test: another draw disagrees."
     cohort,store = data; im = cohort.images; rows = np.flatnonzero(store.masks[:].any((1, 2)))[:16]
     batches = Batches(store.masks*255, rows, im.label.values, 16, seed=0, taught=TaughtMasks(store.masks, np.ones(len(im), bool)))
-    learn = make_learner(make_model(SimpleNamespace(**MULTI))[0], batches, batches, SimpleNamespace(**MULTI | dict(augmentation='moco_cxr')), make_loss(SimpleNamespace(**MULTI), [0, 1, 2, 3]))
-    cb = Augmenting(0, PRESETS['moco_cxr']); cb.learn = learn; learn.epoch = 0; cb.before_epoch()
+    p = SimpleNamespace(**MULTI | dict(augmentation='moco_cxr')); learn = finetuner(make_model(p)[0], batches, batches, p, make_loss(p, [0, 1, 2, 3]))[0]
+    cb = learn.augmenting; learn.generator = torch_generator(0, 'augment', 0)
     learn.xb,learn.yb,learn.training = (b := next(iter(batches)))[:1],b[1:],True
     cb.training = True; cb.before_batch()
     x,m = learn.xb[0] > .5,learn.yb[1] > 0
