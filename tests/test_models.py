@@ -258,6 +258,224 @@ def test_latest_run_of_the_architecture_is_found(tmp_path):
     source = load_pretrained(Encoder('resnet18'), 'moco', weights=tmp_path/'smoke/moco/old')
     assert source['pretrain'] == 'moco' and len(source['sha256']) == 64
 
+# --- what others published ------------------------------------------------------------------------------------------------------------
+
+def torchvision_net(arch):
+    "Random weights, and statistics of the normalisation that are not the initial ones."
+    import torchvision
+    net = getattr(torchvision.models, arch)(weights=None).double()
+    for k,v in net.state_dict().items():
+        if 'running' in k: v.copy_(torch.rand_like(v) + .5 if 'var' in k else .1*torch.randn_like(v))
+    return net.eval()
+
+def torchvision_map(net, x): return F.relu(net.features(x)) if hasattr(net, 'features') else torch.nn.Sequential(*list(net.children())[:-2])(x)
+
+def written_by_moco(net, arch, mlp=True, adam=True):
+    "What main_moco.py saves: two encoders with heads and a queue under module., the optimizer's state."
+    name = 'fc' if hasattr(net, 'fc') else 'classifier'; n = getattr(net, name).in_features
+    last = torch.nn.Linear(n, 128).double(); setattr(net, name, torch.nn.Sequential(torch.nn.Linear(n, n).double(), torch.nn.ReLU(), last) if mlp else last)
+    state = {f'module.encoder_{e}.{k}': v.clone() + (e == 'k') for e in 'qk' for k,v in net.state_dict().items()}
+    state |= {'module.queue': torch.randn(128, 32), 'module.queue_ptr': torch.zeros(1, dtype=torch.long)}
+    optimizer = torch.optim.Adam(last.parameters(), lr=1e-4); last(torch.rand(2, n).double()).sum().backward(); optimizer.step()
+    return dict(epoch=20, arch=arch, state_dict=state, **(dict(optimizer=optimizer.state_dict()) if adam else {}))
+
+def same_map(encoder, net, statistics, rtol=1e-6, size=64):
+    x = torch.rand(2, 1, size, size, dtype=torch.float64); mean,std = statistics
+    with torch.no_grad(): a,b = encoder(x.expand(-1, encoder.in_chans, -1, -1))[-1],torchvision_map(net, ((x - mean)/std).repeat(1, 3, 1, 1))
+    return a.shape == b.shape and bool(torch.isfinite(b).all()) and float((a - b).abs().max()) < rtol*float(b.abs().max())
+
+@pytest.mark.parametrize('arch,mlp,zipped', [('resnet18', True, True), ('resnet18', False, False), ('resnet50', True, True), ('densenet121', True, False), ('densenet121', False, True)])
+def test_the_query_encoder_of_moco_computes_the_same(arch, mlp, zipped, tmp_path):
+    net = torchvision_net(arch); f = tmp_path/'checkpoint_0019.pth.tar'
+    torch.save(written_by_moco(net, arch, mlp), f, _use_new_zipfile_serialization=zipped) # PyTorch before 1.6 did not zip
+    encoder = Encoder(arch).double().eval()
+    source = load_pretrained(encoder, 'moco', weights=f)
+    assert same_map(encoder, net, MOCO_CXR)
+    assert source['layout'] == 'moco' and source['sha256'] == file_digest(f) and source['statistics'] == list(MOCO_CXR)
+    head = 'fc' if arch.startswith('resnet') else 'classifier'
+    assert set(source['unused']) == {'encoder_k', 'queue', 'queue_ptr', *(f'{head}.{i}{k}' for i in (('0.', '2.') if mlp else ('',)) for k in ('weight', 'bias'))}
+    encoder.statistics = input_statistics(arch); assert not same_map(encoder, net, MOCO_CXR, rtol=1e-2)  # the comparison can tell
+    load_pretrained(encoder, 'moco', weights=f, statistics=(.4, .2)); assert same_map(encoder, net, (.4, .2)) and not same_map(encoder, net, MOCO_CXR)
+
+def test_the_key_encoder_is_another_network(tmp_path):
+    net = torchvision_net('resnet18'); c = written_by_moco(net, 'resnet18'); torch.save(c, tmp_path/'q.pth.tar')
+    swapped = {k.replace('encoder_q', '#').replace('encoder_k', 'encoder_q').replace('#', 'encoder_k'): v for k,v in c['state_dict'].items()}
+    torch.save(c | dict(state_dict=swapped), tmp_path/'k.pth.tar')
+    encoder = Encoder('resnet18').double().eval()
+    load_pretrained(encoder, 'moco', weights=tmp_path/'k.pth.tar'); assert not same_map(encoder, net, MOCO_CXR, rtol=1e-2)
+    load_pretrained(encoder, 'moco', weights=tmp_path/'q.pth.tar'); assert same_map(encoder, net, MOCO_CXR)
+
+def test_three_channels_keep_their_kernels(tmp_path):
+    net = torchvision_net('resnet18'); torch.save(written_by_moco(net, 'resnet18'), tmp_path/'m.pth.tar')
+    encoder = Encoder('resnet18', in_chans=3).double().eval(); load_pretrained(encoder, 'moco', weights=tmp_path/'m.pth.tar')
+    assert same_map(encoder, net, MOCO_CXR) and torch.equal(encoder.model.conv1.weight, net.conv1.weight)
+
+def old_names(k): return k if 'denselayer' not in k else k.replace('.norm1.', '.norm.1.').replace('.norm2.', '.norm.2.').replace('.conv1.', '.conv.1.').replace('.conv2.', '.conv.2.')
+
+@pytest.mark.parametrize('nest', [None, 'state_dict', 'model'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'encoder.', 'model.', 'module.encoder.', 'model.backbone.'])
+def test_wrapped_state_dicts(prefix, nest, tmp_path):
+    net = torchvision_net('resnet18'); f = tmp_path/'w.pth'
+    state = {prefix + k: v for k,v in net.state_dict().items()}
+    torch.save({nest: state, 'epoch': 3} if nest else state, f)
+    encoder = Encoder('resnet18').double().eval()
+    for pretrain in ('imagenet', 'moco'):
+        source = load_pretrained(encoder, pretrain, weights=f)
+        assert source['layout'] == 'plain' and source['unused'] == ['fc.bias', 'fc.weight'] and same_map(encoder, net, input_statistics('resnet18'))
+
+@pytest.mark.parametrize('kind', ['now', 'old', 'safetensors', 'timm'])
+def test_densenet_names_of_every_age(kind, tmp_path):
+    net = torchvision_net('densenet121'); f = tmp_path/f"w.{'safetensors' if kind == 'safetensors' else 'pth'}"
+    if kind == 'timm':
+        whole = timm.create_model('densenet121').double(); whole.load_state_dict(net.state_dict()); state = whole.state_dict()
+    else: state = {(old_names(k) if kind == 'old' else k): v for k,v in net.state_dict().items() if not (kind == 'old' and 'num_batches' in k)}
+    if kind == 'old': assert any('.norm.1.' in k for k in state) and any('.conv.2.' in k for k in state)
+    save_file(state, str(f)) if kind == 'safetensors' else torch.save(state, f)
+    encoder = Encoder('densenet121').double().eval()
+    assert load_pretrained(encoder, 'moco', weights=f)['unused'] == ['classifier.bias', 'classifier.weight'] and same_map(encoder, net, input_statistics('densenet121'))
+
+class Odd: pass
+
+def _spoil(c, how):
+    s = c['state_dict']; k = 'module.encoder_q.layer2.0.conv1.weight'
+    if how == 'missing': del s[k]
+    if how == 'extra': s['module.encoder_q.layer9.weight'] = torch.zeros(1)
+    if how == 'extra that looks like a head': s['module.encoder_q.fcx.weight'] = torch.zeros(1)
+    if how == 'shape': s[k] = s[k][:5]
+    if how == 'not finite': s[k][0] = float('nan')
+    if how == 'stray': s['module.predictor.0.weight'] = torch.zeros(1)
+    if how == 'stray head': s['module.fc.weight'] = torch.zeros(1)
+    if how == 'no tensor': s['module.encoder_q.note'] = 'text'
+    if how == 'named otherwise': c['arch'] = 'resnet34'
+    if how == 'twice': s[k.removeprefix('module.')] = s[k]
+    if how == 'key encoder alone': c['state_dict'] = {n: v for n,v in s.items() if 'encoder_q' not in n}
+    if how == 'empty': c['state_dict'] = {}
+    if how == 'optimizer alone': del c['state_dict']
+    if how == 'numpy': c['best'] = np.float64(.5)
+    if how == 'object': c['args'] = Odd()
+    if how == 'wrapped twice': return dict(state_dict={'backbone.conv1.weight': torch.zeros(1), 'conv1.weight': torch.zeros(1)})
+    return c
+
+@pytest.mark.parametrize('how,says', [('missing', r'layer2.0.conv1.weight is missing'), ('extra', 'neither to resnet18 nor to a head: layer9.weight'), ('extra that looks like a head', 'fcx.weight'),
+    ('shape', r'\(5, 64, 3, 3\), not'), ('not finite', 'not finite'), ('stray', 'no part of MoCo.*predictor.0.weight'), ('stray head', 'no part of MoCo.*fc.weight'), ('no tensor', 'no arrays: .*note'),
+    ('named otherwise', 'holds resnet34, this encoder is resnet18'), ('twice', 'with and without module'), ('key encoder alone', 'neither to resnet18.*encoder_k'), ('empty', 'no arrays'),
+    ('optimizer alone', 'no arrays: epoch, arch, optimizer'), ('numpy', 'numpy.*scalar'), ('object', 'Odd'), ('wrapped twice', 'with and without backbone')])
+def test_published_files_that_do_not_fit_are_refused(how, says, tmp_path):
+    f = tmp_path/'faulty.pth.tar'; torch.save(_spoil(written_by_moco(torchvision_net('resnet18'), 'resnet18', adam=True), how), f)
+    encoder = Encoder('resnet18'); before = weights_digest(encoder),encoder.statistics
+    with pytest.raises(InputError, match=says) as e: load_pretrained(encoder, 'moco', weights=f)
+    assert 'faulty.pth.tar' in str(e.value) and e.value.cure and (weights_digest(encoder), encoder.statistics) == before # nothing half loaded
+
+def test_another_architecture_without_a_name_is_refused(tmp_path):
+    c = written_by_moco(torchvision_net('resnet18'), 'resnet18'); del c['arch']; torch.save(c, tmp_path/'m.pth.tar')
+    for arch in ('resnet34', 'resnet50', 'densenet121', 'tf_efficientnet_lite0'):
+        with pytest.raises(InputError, match='m.pth.tar'): load_pretrained(Encoder(arch), 'moco', weights=tmp_path/'m.pth.tar')
+    with pytest.raises(InputError, match="pretrain='moco'"): load_pretrained(Encoder('resnet18'), 'imagenet', weights=tmp_path/'m.pth.tar')
+
+@pytest.mark.parametrize('bad', [(.5,), (.5, 0.), (.5, -1), (float('nan'), 1.), 'x', 3, (.5, float('inf'))])
+def test_statistics_are_checked(bad, tmp_path):
+    torch.save(torchvision_net('resnet18').state_dict(), tmp_path/'w.pth')
+    with pytest.raises(InputError, match='statistics'): load_pretrained(Encoder('resnet18'), 'moco', weights=tmp_path/'w.pth', statistics=bad)
+    with pytest.raises(InputError, match='statistics'): load_pretrained(Encoder('resnet18'), statistics=(.5, .5))
+
+def test_the_normalisation_travels_with_the_weights(tmp_path):
+    net = torchvision_net('resnet18'); torch.save(written_by_moco(net, 'resnet18'), tmp_path/'m.pth.tar')
+    model = Classifier(Encoder('resnet18')).eval(); load_pretrained(model.encoder, 'moco', weights=tmp_path/'m.pth.tar')
+    save_weights(model, tmp_path/'tuned.safetensors'); x = torch.rand(2, 1, 64, 64)
+    fresh,encoder = Classifier(Encoder('resnet18')).eval(),Encoder('resnet18').eval()
+    assert load_weights(fresh, tmp_path/'tuned.safetensors')['statistics'] == list(MOCO_CXR)
+    assert load_pretrained(encoder, str(tmp_path/'tuned.safetensors'))['statistics'] == list(MOCO_CXR)
+    with torch.no_grad():
+        assert torch.equal(model(x), fresh(x)) and torch.equal(model.encoder(x)[-1], encoder(x)[-1])
+        fresh.encoder.statistics = input_statistics('resnet18'); assert not torch.allclose(model(x), fresh(x), rtol=1e-2)
+    save_weights(Classifier(Encoder('resnet18')), tmp_path/'usual.safetensors') # an encoder that is used again forgets
+    assert 'statistics' not in read_weights(tmp_path/'usual.safetensors')[1]
+    assert load_pretrained(encoder, 'moco', weights=tmp_path/'usual.safetensors')['statistics'] == [.449, .226]
+    with pytest.raises(InputError, match='brings its own'): load_pretrained(encoder, 'moco', weights=tmp_path/'usual.safetensors', statistics=(.5, .5))
+
+# --- checksums, model card, runs ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('place', [0, .01, .5, -1])
+def test_a_flipped_bit_is_found(place, tmp_path):
+    f = tmp_path/'moco/weights.safetensors'; sha = release_weights(Encoder('resnet18'), f.parent, 'random')
+    for load in (lambda: load_pretrained(Encoder('resnet18'), str(f)), lambda: load_pretrained(Encoder('resnet18'), 'moco', weights=f.parent), lambda: run_weights('moco', 'resnet18', weights=f), lambda: load_weights(Encoder('resnet18'), f)): load()
+    b = bytearray(f.read_bytes()); b[place if isinstance(place, int) else int(len(b)*place)] ^= 4; f.write_bytes(b)
+    for load in (lambda: load_pretrained(Encoder('resnet18'), str(f)), lambda: load_pretrained(Encoder('resnet18'), 'moco', weights=f.parent), lambda: run_weights('moco', 'resnet18', weights=f), lambda: load_weights(Encoder('resnet18'), f)):
+        with pytest.raises(InputError, match='altered') as e: load()
+        assert sha[:12] in str(e.value) and 'weights.safetensors' in str(e.value) and e.value.cure
+
+def test_a_flipped_bit_in_a_found_run_is_found(tmp_path):
+    f = tmp_path/'smoke/moco/a/weights.safetensors'; release_weights(Encoder('resnet18'), f.parent, 'random')
+    assert run_weights('moco', 'resnet18', runs=tmp_path) == f
+    b = bytearray(f.read_bytes()); b[-1] ^= 4; f.write_bytes(b)
+    with pytest.raises(InputError, match='altered'): run_weights('moco', 'resnet18', runs=tmp_path)
+
+def test_which_checksums_count(tmp_path):
+    import shutil, subprocess
+    sha = release_weights(Encoder('resnet18'), tmp_path, 'random'); f = tmp_path/'weights.safetensors'
+    if shutil.which('sha256sum'): subprocess.run(['sha256sum', '-c', 'weights.sha256'], cwd=tmp_path, check=True, capture_output=True)
+    other = tmp_path/'other.pth'; other.write_bytes(b'x'); assert verify_sha256(f) and not verify_sha256(other) # names another file: says nothing about this one
+    (tmp_path/'other.pth.sha256').write_text(f'{"0"*64}  other.pth\n')
+    with pytest.raises(InputError, match='altered'): verify_sha256(other)
+    (tmp_path/'weights.sha256').write_text(f'{sha} *weights.safetensors\n'); assert verify_sha256(f) # binary mode
+    for text in ('', f'{sha}  others.safetensors\n', sha, f'{sha[:-1]}  weights.safetensors\n'):
+        (tmp_path/'weights.sha256').write_text(text)
+        with pytest.raises(InputError, match='no line for weights.safetensors'): verify_sha256(f)
+
+def test_the_card_says_what_was_stated_and_nothing_else(tmp_path):
+    model = Classifier(Encoder('resnet18', in_chans=3)); model.encoder.statistics = MOCO_CXR
+    card = dict(what='MoCo on radiographs', method='MoCo v2', settings=dict(queue=24576, temperature=.2), corpus='CheXpert', n_used=191027, n_out=0, px=320, licence='CC BY 4.0', limits='Adults only.')
+    sha = release_weights(model, tmp_path, card, seed=4); text = (tmp_path/'model_card.md').read_text()
+    for part in ('MoCo on radiographs', 'MoCo v2', 'queue: 24,576', 'temperature: 0.2', 'CheXpert', '191,027', 'kept out**: 0', 'CC BY 4.0', 'Not for clinical use.', 'Adults only.', sha, '(x - 0.502)/0.085585', '3 channels', ': 320', 'resnet18'): assert part in text, part
+    assert text.count('not stated') == 1 and 'Why they were kept out**: not stated' in text
+    n = sum(p.numel() for p in model.encoder.parameters()); assert f'{n:,}' in text and f'{n + 512*4 + 4:,}' in text and str(tmp_path) not in text
+    assert read_weights(tmp_path/'weights.safetensors')[1] == dict(arch='resnet18', seed=4, statistics=list(MOCO_CXR))
+    line = next(l for l in text.splitlines() if l.startswith('load_pretrained')).replace('path/to', str(tmp_path)) # the line does what it says
+    assert eval(line)['sha256'] == sha
+    assert model_card(Encoder('resnet18'), {}, 'x').count('not stated') == len(M.CARD) == model_card(Encoder('resnet18'), 'text', 'x').count('not stated') + 1
+
+def test_a_card_that_is_refused_leaves_nothing(tmp_path):
+    for model,card,says in ((Encoder('resnet18'), dict(corpse='x'), 'corpse'), (torch.nn.Linear(2, 2), {}, 'no Encoder')):
+        with pytest.raises(InputError, match=says): release_weights(model, tmp_path/'out', card)
+    assert not (tmp_path/'out').exists()
+    a = release_weights(Encoder('resnet18'), tmp_path/'out', 'one'); b = release_weights(Encoder('resnet18'), tmp_path/'out', 'two') # written again: all three agree
+    assert a != b and verify_sha256(tmp_path/'out/weights.safetensors') and b in (tmp_path/'out/model_card.md').read_text()
+    assert sorted(f.name for f in (tmp_path/'out').iterdir()) == ['model_card.md', 'weights.safetensors', 'weights.sha256']
+
+def _run(folder, name, arch='resnet18', age=0, prov=None):
+    import json, os
+    f = folder/f'smoke/moco/{name}/weights.safetensors'; save_weights(Encoder(arch), f); os.utime(f, (time.time() - age,)*2)
+    if prov is not None: (f.parent/'provenance.json').write_text(prov if isinstance(prov, str) else json.dumps(prov))
+    return f
+
+def test_finished_runs_come_first(tmp_path):
+    _run(tmp_path, 'older', age=200, prov=dict(fold=0)); _run(tmp_path, 'finished', age=100, prov=dict(fold=1)); _run(tmp_path, 'unfinished', age=1)
+    _run(tmp_path, 'foreign', 'resnet34', prov=dict(fold=1))
+    take = lambda **k: run_weights('moco', 'resnet18', runs=tmp_path, **k).parent.name
+    assert take() == 'finished' and take(ok=lambda p: True) == 'finished' and take(ok=lambda p: p['fold'] == 0) == 'older'
+    (tmp_path/'smoke/moco/finished/provenance.json').unlink(); (tmp_path/'smoke/moco/older/provenance.json').unlink()
+    assert take() == 'unfinished' # better than none
+    with pytest.raises(InputError, match='unfinished is not finished'): take(ok=lambda p: True)
+
+def test_runs_that_are_refused_are_listed_with_the_reason(tmp_path):
+    _run(tmp_path, 'a', prov=dict(fold=0)); _run(tmp_path, 'b', prov={}); _run(tmp_path, 'c', 'resnet34', prov={}); _run(tmp_path, 'd', prov='{cut'); _run(tmp_path, 'e'); _run(tmp_path, 'f', prov=dict(fold=7))
+    (tmp_path/'smoke/moco/g').mkdir(); (tmp_path/'smoke/moco/g/weights.safetensors').write_bytes(b'cut short')
+    ok = lambda p: 'it saw the test fold' if p['fold'] == 0 else False
+    with pytest.raises(InputError) as e: run_weights('moco', 'resnet18', runs=tmp_path, ok=ok)
+    for part in ('a is refused: it saw the test fold', "b does not state 'fold'", 'c holds resnet34', 'd has a provenance.json that cannot be read', 'e is not finished', 'f is refused by the rule', 'g cannot be read', '03_moco.ipynb'): assert part in str(e.value), part
+    for i in range(9): _run(tmp_path, f'x{i}', 'resnet34')
+    with pytest.raises(InputError, match='and 8 more'): run_weights('moco', 'resnet18', runs=tmp_path, ok=ok)
+
+def test_the_rule_holds_for_runs_that_are_named_too(tmp_path):
+    f = _run(tmp_path, 'a', prov=dict(fold=0)); seen = []
+    for bad in (lambda p: False, lambda p: f"it saw fold {p['fold']}"):
+        for call in (lambda: load_pretrained(Encoder('resnet18'), 'moco', weights=f.parent, ok=bad), lambda: load_pretrained(Encoder('resnet18'), 'moco', weights=f, ok=bad), lambda: load_pretrained(Encoder('resnet18'), str(f), ok=bad)):
+            with pytest.raises(InputError, match='refused'): call()
+    assert load_pretrained(Encoder('resnet18'), 'moco', weights=f, ok=lambda p: p == dict(fold=0))['pretrain'] == 'moco'
+    torch.save(torchvision_net('resnet18').state_dict(), tmp_path/'published.pth') # has no provenance: the rule is asked all the same
+    load_pretrained(Encoder('resnet18'), 'moco', weights=tmp_path/'published.pth', ok=lambda p: seen.append(p) or True); assert seen == [{}]
+    with pytest.raises(InputError, match="does not state 'fold'"): load_pretrained(Encoder('resnet18'), 'moco', weights=tmp_path/'published.pth', ok=lambda p: p['fold'] == 0)
+
 # --- loss -----------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', [dict(power=1.), dict(power=.5), dict(power=0.), dict(beta=.9), dict(beta=.9999)])
@@ -291,6 +509,13 @@ def test_loss_and_gradient_against_float64(smoothing):
     for i,j in [(i, j) for i in range(0, 40, 7) for j in range(4)]:
         d = np.zeros_like(z); d[i, j] = h
         assert abs(float(t.grad[i, j]) - (reference_loss(z + d, y, w, smoothing) - reference_loss(z - d, y, w, smoothing))/(2*h)) < 1e-6
+
+def test_both_losses_are_the_labelled_mean():
+    "Single-image losses by PyTorch, averaged by hand; unlabelled images and absent weights included."
+    z,y,w = torch.randn(30, 4, dtype=torch.float64),torch.randint(-1, 4, (30,)),torch.rand(4) + .1
+    for loss,single in ((BalancedCE, lambda a, b: F.cross_entropy(a[None], b[None])), (BalancedBCE, lambda a, b: F.binary_cross_entropy_with_logits(a, F.one_hot(b, 4).double(), reduction='sum'))):
+        each = [(float(single(a, b)), float(w[b])) for a,b in zip(z, y) if b >= 0]
+        assert abs(float(loss(w)(z, y)) - np.mean([l*v for l,v in each])) < 1e-6 and abs(float(loss()(z, y)) - np.mean([l for l,_ in each])) < 1e-6
 
 def test_small_batches_keep_the_balance():
     "The mean over batches is the loss of the whole; PyTorch's weighted mean is not."
