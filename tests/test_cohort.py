@@ -384,3 +384,45 @@ def test_plain_table(tmp_path):
         assert all(w in str(e) for w in words) and 'mine.csv' in str(e), str(e)
     table.write_text('image,label\na,0\n')
     assert 'without patient no split is safe' in str(refused(read_cohort, table))
+
+# ---- a folder without a table -----------------------------------------------------------------------------------------------
+
+def loose(root):
+    "Two DICOM files of a patient (one by a UID for a name), one without PatientID, and pictures of which two share a stem."
+    for name,who in (('a/1.2.840.10', 'p0'), ('a/x.dcm', 'p0'), ('b/y', '')): write_dicom(root/name, patient=who, study='s' + name[0])
+    for name in ('c/z.png', 'c/z.jpg', 'c/w.jpeg'): picture(root/name)
+    for name in ('notes.txt', 'labels.CSV', 'a/info.json', '.cache/q.png', '.q.png', 'DICOMDIR', 'README'): (root/name).parent.mkdir(exist_ok=True); (root/name).write_text('no image')
+    return root
+
+def test_folder(tmp_path):
+    c = read_cohort(loose(tmp_path/'mine'), 'folder')
+    assert c.images.image.tolist() == ['a/1.2.840.10', 'a/x', 'b/y', 'c/w', 'c/z.jpg', 'c/z.png'] and c.name == 'mine'
+    assert c.images.patient.tolist() == ['p0', 'p0', 'study:sb', 'file:c/w', 'file:c/z.jpg', 'file:c/z.png'] and c.images.group.tolist() == c.images.patient.tolist()
+    assert c.images.study.tolist()[:3] == ['sa', 'sa', 'sb'] and c.images.height.tolist() == [60, 60, 60, 50, 50, 50]
+    assert (c.images.label == -1).all() and not c.images.annotated.any() and not c.images.boxes.map(len).any() and all((c.root/p).is_file() for p in c.images.path)
+    assert c.notes == dict(images_read=6, images_of_unknown_patients=4)
+    ruled = read_cohort(c.root, 'folder', patient='^(.)/').images.patient.tolist()
+    assert ruled == ['p0', 'p0', 'b', 'c', 'c', 'c'], 'the header comes before the rule'
+    assert load_cohort(save_cohort(c, tmp_path/'saved')).digest == c.digest
+
+def test_folder_is_never_guessed(tmp_path):
+    (loose(tmp_path/'mine')/'labels.CSV').unlink()
+    assert "adapter='folder'" in refused(read_cohort, tmp_path/'mine').cure
+
+@pytest.mark.parametrize('name, text', [('c/bad.png', b'\x89PNG'), ('c/bad.jpg', b''), ('bad.dcm', b'DICM'), ('bad', b'x'*200), ('bad.tif', b'II*\0'), ('scans.zip', b'PK')])
+def test_folder_with_a_file_that_cannot_be_read(tmp_path, name, text):
+    (loose(tmp_path/'mine')/name).write_bytes(text)
+    e = refused(read_cohort, tmp_path/'mine', 'folder')
+    assert '1 of 7 files cannot be read' in str(e) and name in str(e) and e.cure
+
+def test_folder_faults(tmp_path):
+    root = loose(tmp_path/'mine')
+    for i in range(12): (root/f'bad{i:02}.png').write_bytes(b'')
+    assert '12 of 18' in str(e := refused(read_cohort, root, 'folder')) and 'bad09.png, ...' in str(e)
+    for f in root.glob('bad*'): f.unlink()
+    (root/'gone.png').symlink_to(root/'nowhere.png')
+    assert 'gone.png' in str(refused(read_cohort, root, 'folder'))
+    (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'a.txt').write_text('x')
+    assert 'no radiographs' in str(refused(read_cohort, tmp_path/'empty', 'folder'))
+    (root/'gone.png').unlink()
+    for rule in ('^(p\\d)/', '(', '^c'): assert refused(read_cohort, root, 'folder', patient=rule).field == 'patient'
