@@ -1,7 +1,7 @@
 # The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
 import shlex
-from cxrpaper.study import grid, papermill_yaml, read_study
+from cxrpaper.study import METHODS, grid, papermill_yaml, pretraining_runs, read_study
 
 study = read_study(config.get('study', 'config/smoke.yaml'))
 profile = study['profile']
@@ -9,6 +9,7 @@ RUNS = f"runs/{study['name']}"
 PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here
 DATA = {k: study[k] for k in ('data_root', 'adapter')}
 MODELS = grid(study)
+PRETRAINED = pretraining_runs(study) # of which MODELS may start
 SOURCES = [f'cxrpaper/{m}.py' for m in ('runs', 'dicom', 'phantom', 'cohort')]
 PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
@@ -49,15 +50,37 @@ rule floors:
     log: f'{RUNS}/logs/floors.log'
     shell: PAPERMILL
 
-rule finetune:
-    input: nb='nbs/04_finetune.ipynb', data=f'{RUNS}/store.ipynb',
-           code=SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'multitask', 'augment', 'metrics', 'segmentation', 'finetune')]
-    output: f'{RUNS}/finetune/{{name}}/04_finetune.ipynb'
-    params: y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/finetune/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/finetune/{w.name}')
-    log: f'{RUNS}/logs/finetune/{{name}}.log'
+if study['pretraining'] and study['pretraining']['phantom'] is not None:
+    rule pretraining_phantom:
+        input: nb='nbs/00_phantom.ipynb', code=SOURCES[:3]
+        output: f'{RUNS}/pretraining_phantom.ipynb'
+        params: y=yaml_for(**study['pretraining']['phantom'], out=study['pretraining']['data_root'])
+        log: f'{RUNS}/logs/pretraining_phantom.log'
+        shell: PAPERMILL
+
+rule pretrain:
+    input: nb='nbs/03_{method}.ipynb', data=[f'{RUNS}/store.ipynb'] + ([f'{RUNS}/pretraining_phantom.ipynb'] if study['pretraining'] and study['pretraining']['phantom'] is not None else []),
+           code=lambda w: SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'augment', 'training', 'corpora', 'probes', 'pretraining', w.method)]
+    output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
+    wildcard_constraints: method='|'.join(METHODS)
+    params: y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
+    log: f'{RUNS}/logs/{{method}}/{{arch}}.log'
     threads: study['threads']
     resources: gpu=study['gpus']
-    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/finetune/.{{wildcards.name}}.ipynb')
+    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/{{wildcards.method}}/.{{wildcards.arch}}.ipynb')
+
+# the models of the grid, in finetune/ those of Tables 2 to 4, in labels/ those of Table 6
+rule finetune:
+    input: nb='nbs/04_finetune.ipynb', data=f'{RUNS}/store.ipynb',
+           weights=lambda w: [f'{f}/pretraining.ipynb' for f in [MODELS[f'{RUNS}/{w.kind}/{w.name}'].get('weights')] if f],
+           code=SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'multitask', 'augment', 'training', 'metrics', 'segmentation', 'finetune')]
+    output: f'{RUNS}/{{kind}}/{{name}}/04_finetune.ipynb'
+    wildcard_constraints: kind='finetune|labels'
+    params: y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/{w.kind}/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/{w.kind}/{w.name}')
+    log: f'{RUNS}/logs/{{kind}}/{{name}}.log'
+    threads: study['threads']
+    resources: gpu=study['gpus']
+    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
     input: nb='nbs/06_tables.ipynb', code=[f'cxrpaper/{m}.py' for m in ('metrics', 'segmentation', 'tables', 'study')], study=config.get('study', 'config/smoke.yaml'),

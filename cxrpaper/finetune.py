@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'LOSSES', 'split_rows', 'label_subset', 'Augmenting', 'Selecting', 'Staging', 'Freezing', 'finetuner',
-           'predict', 'prediction_rows', 'make_model', 'make_loss', 'fit', 'score_rows', 'BoxPrior', 'mask_rows',
-           'finetune', 'save_masks', 'load_model']
+           'pretrained_file', 'predict', 'prediction_rows', 'make_model', 'make_loss', 'fit', 'score_rows', 'BoxPrior',
+           'mask_rows', 'finetune', 'save_masks', 'load_model']
 
 # %% ../nbs/04_finetune.ipynb #e4b78bd7
 PROFILES = dict(smoke=dict(px=128, epochs=8, batch_size=16, lr=1e-3, decoder_width=64), study=dict(px=512, epochs=30, batch_size=32, lr=1e-3, decoder_width=256))
@@ -21,11 +21,12 @@ import fastai.callback.schedule  # adds Learner.fit_one_cycle
 from fastai.learner import Learner
 from .augment import PRESETS, augment
 from .cohort import CLASSES
+from .corpora import check_unseen
 from .floors import ABOUT
 from .metrics import point_metrics, softmax
-from .models import BalancedBCE, BalancedCE, Classifier, Encoder, autocast_for, class_weights, describe, load_pretrained, load_weights, save_weights
+from .models import BalancedBCE, BalancedCE, Classifier, Encoder, autocast_for, class_weights, describe, load_pretrained, load_weights, run_weights, save_weights
 from .multitask import MultiTask, MultiTaskLoss, TaughtMasks, multitask_encoder
-from .runs import InputError, begin, finish, load_run, resolve, rng, torch_generator, write_csv
+from .runs import InputError, begin, finish, load_run, resolve, rng, show_path, torch_generator, write_csv
 from .segmentation import join, prior_logits, save_mask_scores, score_masks
 from .training import Batches, Watching, make_learner, plain
 
@@ -133,6 +134,19 @@ def finetuner(model,         # (B,1,px,px) in [0,1] -> (B,4) logits, and mask lo
     own = [Augmenting(PRESETS[p.augmentation]), *([Staging()] if p.schedule != 'joint' else []), *([Freezing()] if p.freeze else [])]
     watching = Selecting(p.select)
     return make_learner(model, train, val, loss_func, watching, p.seed, checkpoint, wd=p.weight_decay, splitter=lambda m: groups(plain(m)), cbs=[*own, *cbs]), watching
+
+# %% ../nbs/04_finetune.ipynb #6af2c189
+def pretrained_file(p,     # checked parameters
+                    cohort, folds # the labelled radiographs and their folds
+                   ) -> Path: # None where pre-training is 'none' or 'imagenet'
+    "The weights of our own pre-training that a run starts from, found before any work; InputError where they may have seen the test fold."
+    if p.pretrain not in ('moco', 'inpainting'): return None
+    def ok(prov):
+        if not prov: return p.weights is not None # a file without provenance: only if asked for by name
+        try: check_unseen(prov.get('corpus'), cohort, folds, p.fold, p.fold_seed, p.split_by)
+        except InputError as e: return f'{e.problem}; {e.cure}'
+        return True
+    return run_weights(p.pretrain, p.arch, p.weights, ok=ok)
 
 # %% ../nbs/04_finetune.ipynb #f2cdf564
 @torch.no_grad()

@@ -197,12 +197,13 @@ def scheduled(lr:float, kind:str, # peak, a key of SCHEDULES
 # %% ../nbs/02_training.ipynb #f6f752d3
 @torch.no_grad()
 def embed(encoder:torch.nn.Module, # (B,1,px,px) in [0,1] -> list of maps, such as `Encoder`
-          batches:Batches          # in order (seed None)
+          batches:Batches,         # in order (seed None)
+          change=lambda x: x       # done to each batch in [0,1], such as an augmentation
          ) -> np.ndarray:          # (N,D) float32, in the order of `batches.rows`
     "The pooled last map of every image, in evaluation mode; the mode of the encoder is left as it was."
     if batches.seed is not None: raise InputError('shuffled batches have no order', field='batches.seed', cure='use seed=None')
     was = {m: m.training for m in encoder.modules()}; encoder.eval()
     try:
-        with autocast_for(batches.device): return torch.cat([encoder(x.float().div_(255))[-1].float().mean((2, 3)).cpu() for x,*_ in batches]).numpy()
+        with autocast_for(batches.device): return torch.cat([encoder(change(x.float().div_(255)))[-1].float().mean((2, 3)).cpu() for x,*_ in batches]).numpy()
     finally:
         for m,training in was.items(): m.training = training
