@@ -1,7 +1,7 @@
 # The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
 import shlex
-from cxrpaper.study import METHODS, grid, papermill_yaml, pretraining_runs, read_study
+from cxrpaper.study import grid, papermill_yaml, pretraining_runs, read_study
 
 study = read_study(config.get('study', 'config/smoke.yaml'))
 profile = study['profile']
@@ -10,6 +10,8 @@ PHANTOM = study['data_root'] is None or study['phantom'] is not None # the image
 DATA = {k: study[k] for k in ('data_root', 'adapter')}
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
+PRETRAINING = dict(moco='nbs/03_moco.ipynb', inpainting='nbs/03_inpainting.ipynb')
+OTHER_PHANTOM = [f'{RUNS}/pretraining_phantom.ipynb'] if PRETRAINED and study['pretraining']['phantom'] is not None else []
 SOURCES = [f'cxrpaper/{m}.py' for m in ('runs', 'dicom', 'phantom', 'cohort')]
 PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
@@ -17,7 +19,7 @@ PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --lo
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
 rule all:
-    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb'
+    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb', [f'{RUNS}/representations.ipynb'] if PRETRAINED else []
 
 if PHANTOM:
     rule phantom:
@@ -50,7 +52,7 @@ rule floors:
     log: f'{RUNS}/logs/floors.log'
     shell: PAPERMILL
 
-if study['pretraining'] and study['pretraining']['phantom'] is not None:
+if OTHER_PHANTOM:
     rule pretraining_phantom:
         input: nb='nbs/00_phantom.ipynb', code=SOURCES[:3]
         output: f'{RUNS}/pretraining_phantom.ipynb'
@@ -59,10 +61,10 @@ if study['pretraining'] and study['pretraining']['phantom'] is not None:
         shell: PAPERMILL
 
 rule pretrain:
-    input: nb='nbs/03_{method}.ipynb', data=[f'{RUNS}/store.ipynb'] + ([f'{RUNS}/pretraining_phantom.ipynb'] if study['pretraining'] and study['pretraining']['phantom'] is not None else []),
+    input: nb=lambda w: PRETRAINING[w.method], data=[f'{RUNS}/store.ipynb'] + OTHER_PHANTOM,
            code=lambda w: SOURCES + [f'cxrpaper/{m}.py' for m in ('store', 'models', 'augment', 'training', 'corpora', 'probes', 'pretraining', w.method)]
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
-    wildcard_constraints: method='|'.join(METHODS)
+    wildcard_constraints: method='|'.join(PRETRAINING)
     params: y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
     log: f'{RUNS}/logs/{{method}}/{{arch}}.log'
     threads: study['threads']
@@ -97,3 +99,12 @@ rule figures:
     params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/figures.log'
     shell: PAPERMILL
+
+if PRETRAINED:
+    rule representations:
+        input: nb='nbs/07_representations.ipynb', code=[f'cxrpaper/{m}.py' for m in ('probes', 'inpainting', 'figures', 'representations', 'study')],
+               study=config.get('study', 'config/smoke.yaml'), models=[f'{m}/pretraining.ipynb' for m in PRETRAINED]
+        output: f'{RUNS}/representations.ipynb'
+        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        log: f'{RUNS}/logs/representations.log'
+        shell: PAPERMILL

@@ -194,8 +194,9 @@ def figure_labels(long:pd.DataFrame # from `tables.label_table`: row, labels, n_
     "Figure 6: macro AUC against the share of the labels, linear and fine-tuned."
     m = long[long.metric == 'auc_macro']
     with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
-        for ax,how in zip(axs, ('linear', 'fine-tuned')):
+        modes = [how for how in ('linear', 'fine-tuned') if m.row.str.endswith(how).any()]
+        fig,axs = plt.subplots(1, len(modes), figsize=(3.5*len(modes), 2.8), sharey=True, squeeze=False); axs = axs[0]
+        for ax,how in zip(axs, modes):
             here = m[m.row.str.endswith(how)]
             for i,(name,g) in enumerate(here.groupby('row', sort=False)):
                 kind = name.split(',')[0]; colour,marker,line = PRETRAINED[kind]; g = g.sort_values('labels')

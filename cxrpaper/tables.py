@@ -154,10 +154,12 @@ def differences(frames:dict, # row -> one frame per seed
                 pairs:list,  # (row, row to compare with, question)
                 n_boot=2000, seed=0) -> pd.DataFrame: # row, than, question, metric, a, b, value (a - b), lo, hi, p, p_holm, n, n_units, n_boot
     "Paired differences of every metric; p corrected by Holm over the pairs that ask the same question, for each metric by itself."
+    columns = ['row', 'than', 'question', 'metric', 'a', 'b', 'value', 'lo', 'hi', 'p', 'p_holm', 'n', 'n_units', 'n_boot']
+    if not pairs: return pd.DataFrame(columns=columns)
     made = [d.assign(row=[a]*len(d), than=[b]*len(d), question=q) for a,b,q in pairs for d in [bootstrap_difference(frames[a], frames[b], n_boot, seed)]]
     out = pd.concat(made, ignore_index=True).rename(columns=dict(difference='value'))
     out['p_holm'] = out.groupby(['metric', 'question']).p.transform(holm)
-    return out[['row', 'than', 'question', 'metric', 'a', 'b', 'value', 'lo', 'hi', 'p', 'p_holm', 'n', 'n_units', 'n_boot']]
+    return out[columns]
 
 # %% ../nbs/06_tables.ipynb #ed61b562
 def verdict(diffs:pd.DataFrame, # from `differences`: multi-task against single-task, presence and shuffled
