@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'pretraining_data', 'Probing', 'view', 'run_pretraining', 'write_run']
 
-# %% ../nbs/03_pretraining.ipynb #24deb61a
+# %% ../nbs/03_pretraining.ipynb #74a01a43
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +19,16 @@ from .models import describe, release_weights, save_weights
 from .probes import Collapse, alignment, collapse_statistics, collapsed, probe, uniformity
 from .runs import begin, finish, torch_generator, write_csv
 from .store import build_store
-from .training import Batches, Watching, embed, make_learner, plain, rank_and_world, scheduled, start_device, together
+from .training import Batches, Watching, embed, make_learner, one_first, plain, rank_and_world, scheduled, start_device, together
 
-# %% ../nbs/03_pretraining.ipynb #affeb6a5
+# %% ../nbs/03_pretraining.ipynb #3b8afae8
 def pretraining_data(p,           # data_root, adapter, labelled_root, labelled_adapter, n_folds, fold, fold_seed, px, workers
                      progress=False
                     ) -> SimpleNamespace: # corpus, store, rows, table, labelled, labelled_store, probes (row numbers), record
     "The corpus and the labelled radiographs, decoded, with the rows that may be trained on and those to probe with."
     corpus = read_cohort(p.data_root, adapter=p.adapter)
     labelled = read_cohort(p.labelled_root, adapter=p.labelled_adapter)
-    store,labelled_store = (build_store(c, p.px, workers=p.workers, progress=progress) for c in (corpus, labelled))
+    with one_first(): store,labelled_store = (build_store(c, p.px, workers=p.workers, progress=progress) for c in (corpus, labelled))
     folds = assign_folds(labelled.images, n_folds=p.n_folds, seed=p.fold_seed)
     held = held_out_rows(labelled, folds, p.fold)
     hashes = [perceptual_hashes(s.images) for s in (store, labelled_store)]
@@ -38,7 +38,7 @@ def pretraining_data(p,           # data_root, adapter, labelled_root, labelled_
     record = corpus_record(corpus, table, labelled, folds, p.fold, p.fold_seed)
     return SimpleNamespace(corpus=corpus, store=store, rows=np.flatnonzero(table.used), table=table, labelled=labelled, labelled_store=labelled_store, held=held, probes=probes, record=record)
 
-# %% ../nbs/03_pretraining.ipynb #7c7b3610
+# %% ../nbs/03_pretraining.ipynb #984ad20c
 class Probing(Watching):
     "Losses of every epoch in `history`; in `probes`, before training and every few epochs, what the encoder has learnt. Raises `Collapse`."
     saved = ('history', 'probes', 'alarms')
@@ -74,7 +74,7 @@ class Probing(Watching):
 def view(generator, x): # one random view of a batch
     return augment(x, generator=generator, how=PRESETS['moco_cxr'])[0]
 
-# %% ../nbs/03_pretraining.ipynb #f13e0cc4
+# %% ../nbs/03_pretraining.ipynb #e4d85206
 OPTIMISERS = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=.9))
 
 def run_pretraining(run,    # `runs.Run`
