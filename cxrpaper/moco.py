@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PROFILES', 'TwoViews', 'in_groups', 'gather', 'MoCo', 'check_groups', 'check_queue', 'InfoNCE', 'moco']
 
-# %% ../nbs/03_moco.ipynb #d84ae0d4
+# %% ../nbs/03_moco.ipynb #66b99375
 PROFILES = dict(smoke=dict(px=64, epochs=4, batch_size=16, queue=128, momentum=.99, lr=1e-3, schedule='cosine', probe_every=2),
                 study=dict(px=320, epochs=20, batch_size=16, queue=24576, momentum=.999, lr=1e-4, schedule='steps', probe_every=1))
 
-# %% ../nbs/03_moco.ipynb #0cce1419
+# %% ../nbs/03_moco.ipynb #8bf6a4aa
 from copy import deepcopy
 from pathlib import Path
 import torch
@@ -22,7 +22,7 @@ from .pretraining import run_pretraining
 from .runs import InputError, torch_generator
 from .training import rank_and_world, share
 
-# %% ../nbs/03_moco.ipynb #a66bf500
+# %% ../nbs/03_moco.ipynb #52891962
 class TwoViews(Callback):
     "Bytes to two augmented views in [0,1], (2B,1,px,px): first B queries, then B keys, in one batched pass on the device."
     order = 5
@@ -32,7 +32,7 @@ class TwoViews(Callback):
         x = self.xb[0].float().div_(255)
         self.learn.xb = (augment(torch.cat([x, x]), generator=self.learn.generator, how=self.how)[0],)
 
-# %% ../nbs/03_moco.ipynb #3a2b45da
+# %% ../nbs/03_moco.ipynb #b71be2da
 def in_groups(f,        # network with batch norm
               x:Tensor, # (B, ...)
               n:int     # groups; B must be divisible by it
@@ -49,7 +49,7 @@ def gather(x:Tensor # (b, ...) of this process
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-# %% ../nbs/03_moco.ipynb #ceb80f00
+# %% ../nbs/03_moco.ipynb #cb868917
 class MoCo(nn.Module):
     "Momentum contrast v2. `encoder` is the query encoder, the one that is kept."
     def __init__(self, encoder:Encoder, # where it starts: random or pre-trained
@@ -85,7 +85,7 @@ class MoCo(nn.Module):
         z = in_groups(lambda part: head(encoder(part)[-1].mean((2, 3))), x, max(1, self.groups//rank_and_world()[1]))
         return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
 
-# %% ../nbs/03_moco.ipynb #83f53e3e
+# %% ../nbs/03_moco.ipynb #71965fd2
 from fastcore.basics import patch
 
 @patch
@@ -114,7 +114,7 @@ def enqueue(self:MoCo, keys:Tensor): # (B, dim) of all processes
     self.queue[:, at:at + n] = keys.T
     self.pointer.fill_((at + n) % self.K); self.step += 1
 
-# %% ../nbs/03_moco.ipynb #025ec6b3
+# %% ../nbs/03_moco.ipynb #482be946
 def check_groups(batch:int, # images of this process
                  groups:int):
     "Is every group of batch norm of the same size, two or more?"
@@ -127,7 +127,7 @@ def check_queue(n_images:int, batch:int, queue:int):
     if queue % batch: raise InputError(f'{queue} keys are no multiple of {batch} images a batch', field='queue', cure=f'use {max(1, queue//batch)*batch}')
     if queue > n_images: raise InputError(f'{queue} keys, but only {n_images} images: the negatives would hold the image itself', field='queue', cure=f'use at most {n_images//batch*batch}')
 
-# %% ../nbs/03_moco.ipynb #86f15541
+# %% ../nbs/03_moco.ipynb #28179b15
 class InfoNCE(nn.Module):
     "Cross-entropy of the positive among all keys; `terms` holds the share of queries that find theirs."
     def forward(self, logits:Tensor, # (B, 1 + K), the positive first
@@ -136,7 +136,7 @@ class InfoNCE(nn.Module):
         self.terms = dict(accuracy=(logits.argmax(1) == 0).float().mean().detach())
         return F.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.int64))
 
-# %% ../nbs/03_moco.ipynb #9690e77e
+# %% ../nbs/03_moco.ipynb #74192524
 def moco(run,         # `runs.Run`: where to, identity
          data,        # from `pretraining_data`
          p,           # checked parameters
