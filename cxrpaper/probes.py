@@ -136,10 +136,11 @@ def fit_linear(x, y,          # (N,D), (N,)
                n_classes:int=4
               ) -> np.ndarray: # (len(Cs), len(test), n_classes); 0 for a class that training lacks
     "Probabilities of the `test` rows from logistic regressions on the standardised `train` rows, one for each C."
-    scale = StandardScaler().fit(x[train]); a,b = scale.transform(x[train]),scale.transform(x[test])
+    scale = StandardScaler().fit(x[train]); a,b = (scale.transform(x[rows]).astype(float) for rows in (train, test))
     if a.shape[1] > a.shape[0]: # the solution lies in the span of the training rows
-        v = np.linalg.svd(a, full_matrices=False)[2].T; a,b = a@v,b@v
-    model,out = LogisticRegression(max_iter=1000, warm_start=True),np.zeros((len(Cs), len(test), n_classes))
+        variance,u = np.linalg.eigh(a@a.T); keep = variance > 1e-10*variance[-1]
+        u,length = u[:, keep],variance[keep]**.5; a,b = u*length,b@(a.T@u)/length
+    model,out = LogisticRegression(max_iter=1000, warm_start=True, tol=1e-3),np.zeros((len(Cs), len(test), n_classes))
     for o,C in zip(out, Cs): o[:, np.unique(y[train])] = model.set_params(C=C).fit(a, y[train]).predict_proba(b)
     return out
 
