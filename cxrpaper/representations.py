@@ -6,23 +6,24 @@
 __all__ = ['NAMES', 'draw_curves', 'draw_restorations', 'figure_pretraining', 'encoder_embeddings', 'marks', 'figure_embedding',
            'figure_neighbours']
 
-# %% ../nbs/07_representations.ipynb #18833f0c
+# %% ../nbs/07_representations.ipynb #18b578bb
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from .cohort import CLASSES, load_cohort
 from .figures import COLOURS, PRETRAINED, STYLE, examples, write_figure
 from .inpainting import Holes, classical, fixed_holes, load_inpainter, restore
 from .models import Encoder, load_pretrained
 from .probes import neighbours, project_2d
-from .runs import InputError, load_run, resolve
+from .runs import InputError, load_run, resolve, torch_generator
 from .store import build_store
 from .study import METHODS, pretraining_runs, read_study
-from .tables import is_phantom, stamp
+from .tables import stamp
 from .training import Batches, embed
 
-# %% ../nbs/07_representations.ipynb #e404b8d4
-NAMES = dict(imagenet='ImageNet', moco='MoCo', inpainting='inpainting')
+# %% ../nbs/07_representations.ipynb #17e38dd1
+NAMES = dict(none='random start', imagenet='ImageNet', moco='MoCo', inpainting='inpainting')
 
 def draw_curves(axs, runs:dict): # three axes; method -> run folder
     "Losses and probes by epoch."
@@ -51,7 +52,7 @@ def draw_restorations(axs, images, model, seed=0): # (n,5) axes; (n,px,px) uint8
             ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     return last
 
-# %% ../nbs/07_representations.ipynb #e3e576cd
+# %% ../nbs/07_representations.ipynb #383ab88b
 def figure_pretraining(runs:dict, # method -> folder of its run
                        images     # (n,px,px) uint8, held out; shown with holes where inpainting was run
                       ):
@@ -68,14 +69,14 @@ def figure_pretraining(runs:dict, # method -> folder of its run
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_representations.ipynb #95feb091
+# %% ../nbs/07_representations.ipynb #3a0f53bb
 def encoder_embeddings(study, store, labels, device='cpu') -> dict: # pre-training -> (N,D), of the study's first architecture
-    "Every radiograph of a store as each pre-trained encoder sees it, ImageNet first."
+    "Every radiograph of a store as the encoders see it: first as pre-training found them, then after each method."
     runs = {m: r for r,(m,_) in reversed(pretraining_runs(study).items())}
-    arch = next(iter(pretraining_runs(study).values()))[1]['arch']; out = {}
-    for kind in ('imagenet', *METHODS):
-        if kind in METHODS and kind not in runs: continue
-        encoder = Encoder(arch); load_pretrained(encoder, kind, weights=runs.get(kind))
+    p = load_run(next(iter(pretraining_runs(study))))['params']; out = {}
+    for kind in (p['pretrain'], *(m for m in METHODS if m in runs)):
+        torch.manual_seed(torch_generator(p['seed'], 'initialisation').initial_seed())
+        encoder = Encoder(p['arch']); load_pretrained(encoder, kind, weights=runs.get(kind))
         out[NAMES[kind]] = embed(encoder.to(device), Batches(store.images, np.arange(len(store)), labels, 64, device))
     return out
 
@@ -104,7 +105,7 @@ def figure_embedding(embeddings:dict, # pre-training -> (N,D)
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_representations.ipynb #26e5538e
+# %% ../nbs/07_representations.ipynb #b111cd20
 def figure_neighbours(z,                  # (N,D) embeddings
                       images:pd.DataFrame, # N rows of a cohort
                       pixels,             # (N,px,px) uint8
