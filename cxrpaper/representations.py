@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'draw_curves', 'draw_restorations', 'figure_pretraining', 'encoder_embeddings', 'marks', 'figure_embedding',
            'figure_neighbours']
 
-# %% ../nbs/07_representations.ipynb #18b578bb
+# %% ../nbs/07_representations.ipynb #599983d9
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from .study import METHODS, pretraining_runs, read_study
 from .tables import stamp
 from .training import Batches, embed
 
-# %% ../nbs/07_representations.ipynb #17e38dd1
+# %% ../nbs/07_representations.ipynb #39cbe446
 NAMES = dict(none='random start', imagenet='ImageNet', moco='MoCo', inpainting='inpainting')
 
 def draw_curves(axs, runs:dict): # three axes; method -> run folder
@@ -30,46 +30,46 @@ def draw_curves(axs, runs:dict): # three axes; method -> run folder
     for method,run in runs.items():
         history,probes = (pd.read_csv(resolve(run)/f'{k}.csv') for k in ('history', 'probes'))
         ax = axs[0] if method == 'moco' else axs[1]
-        ax.plot(history.epoch + 1, history.train_loss if method == 'moco' else history.train_hole, color='0.2', label='training')
-        if method == 'inpainting': ax.plot(history.epoch + 1, history.val_hole, color='0.2', ls='--', label='held out')
+        ax.plot(history.epoch + 1, history.train_loss if method == 'moco' else history.train_hole, color='0.2', marker='o', ms=2, label='training')
+        if method == 'inpainting': ax.plot(history.epoch + 1, history.val_hole, color='0.2', ls='--', marker='s', ms=2, label='held out')
         ax.set(title=NAMES[method], xlabel='epochs', ylabel='InfoNCE' if method == 'moco' else 'absolute error in the holes')
         if method == 'inpainting': ax.legend()
         for k,ls in (('knn', '-'), ('linear', ':')):
-            if f'{k}_auc_macro' in probes: axs[2].plot(probes.epoch, probes[f'{k}_auc_macro'], color=PRETRAINED[NAMES[method]][0], ls=ls, label=f'{NAMES[method]}, {k}')
-    axs[2].set(title='probes', xlabel='epochs', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].legend(fontsize=5.5)
+            if f'{k}_auc_macro' in probes: axs[2].plot(probes.epoch, probes[f'{k}_auc_macro'], color=PRETRAINED[NAMES[method]][0], ls=ls, marker='o', ms=2, label=f'{NAMES[method]}, {k}')
+    axs[2].set(title='probes', xlabel='epochs', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].legend(fontsize=5.5, loc='upper center', bbox_to_anchor=(.5, -.28), ncols=2)
 
 def draw_restorations(axs, images, model, seed=0): # (n,5) axes; (n,px,px) uint8; an `Inpainter`
-    "Original, holes, network, OpenCV, error of the network; the mean error in the holes below."
+    "Original, holes, network, Telea's method (OpenCV), error of the network; the mean error in the holes below."
     holes = fixed_holes(0, len(images), images.shape[-1], Holes(), seed); hidden = holes[:, 0].numpy()
     drawn,telea = restore(model, images, holes),classical(images, holes)['Telea']
     for i,line in enumerate(axs):
-        x = images[i]/255; shown = {'original': x, 'with holes': x, 'network': drawn[i], 'OpenCV (Telea)': telea[i], 'error of the network': np.abs(drawn[i] - x)}
+        x = images[i]/255; shown = {'original': x, 'with holes': x, 'network': drawn[i], 'Telea': telea[i], 'error': np.abs(drawn[i] - x)}
         for ax,(title,im) in zip(line, shown.items()):
-            last = ax.imshow(im, **(dict(cmap='magma', vmin=0, vmax=.3) if 'error' in title else dict(cmap='gray', vmin=0, vmax=1)))
+            last = ax.imshow(im, **(dict(cmap='magma', vmin=0, vmax=.3) if title == 'error' else dict(cmap='gray', vmin=0, vmax=1)))
             if title == 'with holes': ax.imshow(np.where(hidden[i][..., None], [.9, .6, 0, 1.], 0.))
-            if title in ('network', 'OpenCV (Telea)'): ax.set_xlabel(f'{np.abs(im - x)[hidden[i]].mean():.3f}')
+            if title in ('network', 'Telea'): ax.set_xlabel(f'{np.abs(im - x)[hidden[i]].mean():.3f}')
             if i == 0: ax.set_title(title)
             ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     return last
 
-# %% ../nbs/07_representations.ipynb #383ab88b
+# %% ../nbs/07_representations.ipynb #a5c85f9f
 def figure_pretraining(runs:dict, # method -> folder of its run
                        images     # (n,px,px) uint8, held out; shown with holes where inpainting was run
                       ):
     "Figure 3: curves, probes, holes and restorations."
     rows = len(images) if 'inpainting' in runs else 0
     with mpl.rc_context(STYLE):
-        fig = plt.figure(figsize=(7, 2.3 + 1.55*rows))
-        parts = fig.subfigures(2, 1, height_ratios=(2.3, 1.55*rows)) if rows else [fig]
+        fig = plt.figure(figsize=(7, 2.5 + 1.5*rows))
+        parts = fig.subfigures(2, 1, height_ratios=(2.5, 1.5*rows)) if rows else [fig]
         draw_curves(parts[0].subplots(1, 3), runs)
         if rows:
             axs = parts[1].subplots(rows, 5, squeeze=False)
-            bar = parts[1].colorbar(draw_restorations(axs, images, load_inpainter(runs['inpainting'])), ax=axs.ravel().tolist(), shrink=.5)
+            bar = parts[1].colorbar(draw_restorations(axs, images, load_inpainter(runs['inpainting'])), ax=axs.ravel().tolist(), shrink=.6, pad=.01, aspect=25)
             bar.set_label('absolute error')
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_representations.ipynb #3a0f53bb
+# %% ../nbs/07_representations.ipynb #f12294e9
 def encoder_embeddings(study, store, labels, device='cpu') -> dict: # pre-training -> (N,D), of the study's first architecture
     "Every radiograph of a store as the encoders see it: first as pre-training found them, then after each method."
     runs = {m: r for r,(m,_) in reversed(pretraining_runs(study).items())}
@@ -105,7 +105,7 @@ def figure_embedding(embeddings:dict, # pre-training -> (N,D)
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_representations.ipynb #b111cd20
+# %% ../nbs/07_representations.ipynb #544ae0d8
 def figure_neighbours(z,                  # (N,D) embeddings
                       images:pd.DataFrame, # N rows of a cohort
                       pixels,             # (N,px,px) uint8
