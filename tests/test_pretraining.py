@@ -81,7 +81,7 @@ def test_what_was_seen_is_on_record(finished, method):
 
 def test_restorations_are_scored_on_what_was_held_out(finished):
     scores = pd.read_csv(finished['inpainting']/'restorations.csv', dtype=dict(image=str)); corpus = pd.read_csv(finished['inpainting']/'corpus.csv', dtype=dict(image=str))
-    assert set(scores.image) == set(corpus.image[~corpus.used]) and {'network', 'mean', 'Telea', 'Navier-Stokes'} <= set(scores.method)
+    assert set(scores.image) == set(corpus.image[corpus.reason == 'image']) and {'network', 'mean', 'Telea', 'Navier-Stokes'} <= set(scores.method)
     model = load_inpainter(finished['inpainting']); encoder = Encoder('resnet10t'); load_pretrained(encoder, 'inpainting', weights=finished['inpainting'])
     assert all((a == b).all() for a,b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()))
 
