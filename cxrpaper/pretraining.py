@@ -106,7 +106,7 @@ def run_pretraining(run,    # `runs.Run`
 
 def write_run(run, data, model, watching, p, card, more, **facts): # into `run.partial`, then to `run.path`
     "The files of a finished pre-training."
-    folder = run.partial
+    folder,model = run.partial,model.cpu()
     for name,rows in (('history', watching.history), ('probes', watching.probes)): write_csv(folder/f'{name}.csv', pd.DataFrame(rows))
     write_csv(folder/'corpus.csv', data.table)
     settings = {k: v for k,v in vars(p).items() if k not in ('data_root', 'labelled_root', 'workers', 'run')}
@@ -114,4 +114,4 @@ def write_run(run, data, model, watching, p, card, more, **facts): # into `run.p
     release_weights(model.encoder, folder, card | dict(settings=settings, corpus=data.corpus.name, n_used=len(data.rows), n_out=sum(out.values()), why_out=out, px=p.px))
     save_weights(model, folder/'model.safetensors')
     more(folder, model)
-    return finish(run, kind='pretraining', corpus=data.record, store=data.store.digest, **facts, **describe(model.encoder.cpu(), p.px))
+    return finish(run, kind='pretraining', corpus=data.record, store=data.store.digest, **facts, **describe(model.encoder, p.px))
