@@ -204,7 +204,7 @@ def figure_labels(long:pd.DataFrame # from `tables.label_table`: row, labels, n_
                 ax.errorbar(x, g.value, yerr=[g.value - g.lo, g.hi - g.value], color=colour, marker=marker, ls=line, ms=4, capsize=2, elinewidth=.7, label=kind)
             ticks = here.drop_duplicates('labels').sort_values('labels')
             ax.set_xscale('log'); ax.set_xticks(ticks.labels, [f'{f:.0%}\nn = {n:.0f}' for f,n in zip(ticks.labels, ticks.n_train)]); ax.minorticks_off()
-            ax.axhline(.5, color='0.8', lw=.8, zorder=0); ax.set(xlabel='labels of the training patients', title=f'{how} ({int(m.n.max())} test images)'); ax.legend(loc='lower right')
+            ax.axhline(.5, color='0.8', lw=.8, zorder=0); ax.set(xlabel='labels of the training patients', title=f'{how} ({int(m.n.max())} test images)'); ax.legend(loc='upper center', bbox_to_anchor=(.5, -.3), ncols=4, fontsize=6, columnspacing=1, handletextpad=.4)
         axs[0].set_ylabel('macro AUC')
         plt.close(fig)
     return fig

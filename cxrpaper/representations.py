@@ -36,7 +36,7 @@ def draw_curves(axs, runs:dict): # three axes; method -> run folder
         if method == 'inpainting': ax.legend()
         for k,ls in (('knn', '-'), ('linear', ':')):
             if f'{k}_auc_macro' in probes: axs[2].plot(probes.epoch, probes[f'{k}_auc_macro'], color=PRETRAINED[NAMES[method]][0], ls=ls, marker='o', ms=2, label=f'{NAMES[method]}, {k}')
-    axs[2].set(title='probes', xlabel='epochs', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].legend(fontsize=5.5, loc='upper center', bbox_to_anchor=(.5, -.28), ncols=2)
+    axs[2].set(title='probes', xlabel='epochs', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].set_ylim(bottom=min(.4, axs[2].get_ylim()[0])); axs[2].legend(fontsize=5.5, loc='lower right', ncols=2, columnspacing=1)
 
 def draw_restorations(axs, images, model, seed=0): # (n,5) axes; (n,px,px) uint8; an `Inpainter`
     "Original, holes, network, Telea's method (OpenCV), error of the network; the mean error in the holes below."

@@ -7,8 +7,8 @@ __all__ = ['IDS', 'MAIN', 'BY_CLASS', 'FLOOR_NAMES', 'CONTROLS', 'MASK_COLUMNS',
            'row_frames', 'floor_frame', 'floor_path', 'cell', 'wide', 'is_phantom', 'stamp', 'sample_text', 'sidecar',
            'write_table', 'needed_runs', 'missing_runs', 'cohort_table', 'backbone_table', 'differences', 'verdict',
            'mask_runs', 'multitask_table', 'compared', 'against_controls', 'against', 'pretraining_table', 'judged',
-           'pretraining_verdict', 'compared_with', 'label_frames', 'label_title', 'label_pairs', 'label_table',
-           'label_verdict', 'label_cells']
+           'started', 'pretraining_verdict', 'compared_with', 'label_frames', 'label_title', 'label_pairs',
+           'label_table', 'label_verdict', 'label_cells']
 
 # %% ../nbs/06_tables.ipynb #24a27a76
 import json
@@ -228,6 +228,11 @@ def judged(d, alpha=.05) -> str: # one row of `differences`
     "Better, worse or no difference shown, by the rule."
     if d.p_holm < alpha and d.lo > 0: return 'better'
     return 'worse' if d.p_holm < alpha and d.hi < 0 else 'no difference is shown'
+
+def started(study) -> str:
+    "Where the study's pre-trainings began, in words."
+    starts = {load_run(r)['params']['pretrain'] for r in pretraining_runs(study)}
+    return ' Pre-training without labels began at ' + ' and '.join({'imagenet': 'ImageNet weights', 'none': 'random weights'}[s] for s in sorted(starts)) + '.' if starts else ''
 
 def pretraining_verdict(diffs:pd.DataFrame, metric='auc_macro') -> str:
     "The sentence about each method against ImageNet, that the rule gives."
