@@ -20,7 +20,7 @@ from .runs import InputError, atomic, resolve, rng
 from .segmentation import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
 from .store import decode
 from .study import read_study, row_runs, row_title
-from .tables import cell, label_table, mask_runs, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
+from .tables import cell, label_evaluations, mask_runs, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
 
 # %% ../nbs/07_figures.ipynb #a8114c5f
 COLOURS = dict(zip(CLASSES, ('#000000', '#0072B2', '#E69F00', '#CC79A7')))
@@ -189,7 +189,7 @@ def figure_sweep(study, n_boot=2000, seed=0):
 # %% ../nbs/07_figures.ipynb #a3b8006f
 PRETRAINED = {'from scratch': ('0.55', 's', ':'), 'ImageNet': ('#000000', 'o', '-'), 'MoCo': ('#0072B2', '^', '-'), 'inpainting': ('#E69F00', 'v', '-')} # colour, marker, line
 
-def figure_labels(long:pd.DataFrame # from `tables.label_table`: row, labels, n_train, metric, value, lo, hi, n
+def figure_labels(long:pd.DataFrame # from `tables.label_evaluations`: row, labels, n_train, metric, value, lo, hi, n
                  ):
     "Figure 6: macro AUC against the share of the labels, linear and fine-tuned."
     m = long[long.metric == 'auc_macro']

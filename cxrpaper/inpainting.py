@@ -25,9 +25,10 @@ from torch import Generator, Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from .augment import PRESETS, Augment, augment, uniform
 from .metrics import percentile_interval, resampled_units
-from .models import Encoder, autocast_for, load_pretrained, load_weights
-from .pretraining import run_pretraining
+from .models import Encoder, autocast_for, load_weights
+from .pretraining import run_pretraining, starting_encoder
 from .runs import InputError, load_run, resolve, torch_generator, write_csv
+from .training import evaluating
 
 # %% ../nbs/03_inpainting.ipynb #7fe9b856
 PROFILES = dict(smoke=dict(px=64, epochs=4, batch_size=16, lr=1e-3, schedule='cosine', probe_every=2),
@@ -223,7 +224,6 @@ class Holing(Callback):
         self.learn.xb,self.learn.yb = (fill(x, holes, self.filling, g),),(x, holes)
 
 # %% ../nbs/03_inpainting.ipynb #a5c40ab2
-@torch.no_grad()
 def restore(model:nn.Module,      # an `Inpainter`; its mode is left as it was
             images:np.ndarray,    # (n,px,px) uint8
             holes:Tensor,         # (n,1,px,px) bool
@@ -234,15 +234,12 @@ def restore(model:nn.Module,      # an `Inpainter`; its mode is left as it was
            ) -> np.ndarray:       # (n,px,px) float32 in [0,1]
     "The images with their holes as `model` draws them."
     if tuple(holes.shape) != (len(images), 1, *images.shape[1:]): raise InputError(f'{tuple(holes.shape)} for images {images.shape}', field='holes', cure='give (n,1,px,px), one per image')
-    was,out = {m: m.training for m in model.modules()},[]
-    model.eval()
-    try:
+    out = []
+    with evaluating(model):
         for i in range(0, len(images), size):
             x,h = torch.from_numpy(np.ascontiguousarray(images[i:i + size]))[:, None].to(device).float()/255,holes[i:i + size].to(device)
             with autocast_for(device): pred = model(fill(x, h, how, torch_generator(seed, 'restore', i, device=device)))
             out.append((torch.where(h, pred.float(), x) if keep else pred.float())[:, 0].cpu().numpy())
-    finally:
-        for m,training in was.items(): m.training = training
     return np.concatenate(out) if out else np.zeros(images.shape, np.float32)
 
 # %% ../nbs/03_inpainting.ipynb #a20928d7
@@ -358,8 +355,7 @@ def inpainting(run,         # `runs.Run`: where to, identity
                cbs=()       # further callbacks
               ) -> Path:    # the finished run
     "Pre-train one encoder by inpainting; goes on where an earlier call was stopped. Its scores on held-out images are in restorations.csv."
-    torch.manual_seed(torch_generator(p.seed, 'initialisation').initial_seed())
-    encoder = Encoder(p.arch); source = load_pretrained(encoder, p.pretrain)
+    encoder,source = starting_encoder(p)
     model,how = Inpainter(encoder, p.decoder_width),Holes(p.hole_kind)
     val = data.held[np.unique(np.linspace(0, len(data.held) - 1, min(MOST, len(data.held))).astype(int))]
     def score(folder, model): write_csv(folder/'restorations.csv', held_out_scores(model, data, val, how, p))

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import Tensor, distributed as dist, nn
 from .augment import PRESETS, Augment, augment
-from .models import Encoder, load_pretrained
-from .pretraining import run_pretraining
+from .models import Encoder
+from .pretraining import run_pretraining, starting_encoder
 from .runs import InputError, torch_generator
 from .training import rank_and_world, share
 
@@ -145,8 +145,7 @@ def moco(run,         # `runs.Run`: where to, identity
         ) -> Path:    # the finished run
     "Pre-train one encoder by MoCo; goes on where an earlier call was stopped."
     check_queue(len(data.rows), p.batch_size, p.queue)
-    torch.manual_seed(torch_generator(p.seed, 'initialisation').initial_seed())
-    encoder = Encoder(p.arch); source = load_pretrained(encoder, p.pretrain)
+    encoder,source = starting_encoder(p)
     model = MoCo(encoder, p.dim, p.queue, p.momentum, p.temperature, p.bn_groups, seed=p.seed)
     card = dict(what='An encoder of chest radiographs, pre-trained without labels', method='MoCo v2 (He et al. 2020, Chen et al. 2020) with the views of MoCo-CXR (Sowrirajan et al. 2021)')
     return run_pretraining(run, data, model, InfoNCE(), p, [TwoViews(PRESETS[p.augmentation]), *cbs], card, device=device, pretrained=source)

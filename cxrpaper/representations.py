@@ -7,16 +7,17 @@ __all__ = ['NAMES', 'draw_curves', 'draw_restorations', 'figure_pretraining', 'e
            'figure_neighbours']
 
 # %% ../nbs/07_representations.ipynb #599983d9
+from types import SimpleNamespace
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from .cohort import CLASSES, load_cohort
 from .figures import COLOURS, PRETRAINED, STYLE, examples, write_figure
 from .inpainting import Holes, classical, fixed_holes, load_inpainter, restore
 from .models import Encoder, load_pretrained
+from .pretraining import starting_encoder
 from .probes import neighbours, project_2d
-from .runs import InputError, load_run, resolve, torch_generator
+from .runs import InputError, load_run, resolve
 from .store import build_store
 from .study import METHODS, pretraining_runs, read_study
 from .tables import stamp
@@ -73,12 +74,12 @@ def figure_pretraining(runs:dict, # method -> folder of its run
 def encoder_embeddings(study, store, labels, device='cpu') -> dict: # pre-training -> (N,D), of the study's first architecture
     "Every radiograph of a store as the encoders see it: first as pre-training found them, then after each method."
     runs = {m: r for r,(m,_) in reversed(pretraining_runs(study).items())}
-    p = load_run(next(iter(pretraining_runs(study))))['params']; out = {}
-    for kind in (p['pretrain'], *(m for m in METHODS if m in runs)):
-        torch.manual_seed(torch_generator(p['seed'], 'initialisation').initial_seed())
-        encoder = Encoder(p['arch']); load_pretrained(encoder, kind, weights=runs.get(kind))
-        out[NAMES[kind]] = embed(encoder.to(device), Batches(store.images, np.arange(len(store)), labels, 64, device))
-    return out
+    p = SimpleNamespace(**load_run(next(iter(pretraining_runs(study))))['params'])
+    encoders = {p.pretrain: starting_encoder(p)[0]} | {m: Encoder(p.arch) for m in METHODS if m in runs}
+    for m in METHODS:
+        if m in runs: load_pretrained(encoders[m], m, weights=runs[m])
+    every = Batches(store.images, np.arange(len(store)), labels, 64, device)
+    return {NAMES[k]: embed(e.to(device), every) for k,e in encoders.items()}
 
 def marks(values) -> list: # [(name, rows, colour, marker)]: classes in their colours, the rest by frequency, at most six
     "How the values of a column are drawn."

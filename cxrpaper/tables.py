@@ -6,9 +6,9 @@
 __all__ = ['IDS', 'MAIN', 'BY_CLASS', 'FLOOR_NAMES', 'CONTROLS', 'MASK_COLUMNS', 'MASK_BY_CLASS', 'MARGIN', 'load_predictions',
            'row_frames', 'floor_frame', 'floor_path', 'cell', 'wide', 'is_phantom', 'stamp', 'sample_text', 'sidecar',
            'write_table', 'needed_runs', 'missing_runs', 'cohort_table', 'backbone_table', 'differences', 'verdict',
-           'mask_runs', 'multitask_table', 'compared', 'against_controls', 'against', 'pretraining_table', 'judged',
-           'started', 'pretraining_verdict', 'compared_with', 'label_frames', 'label_title', 'label_pairs',
-           'label_table', 'label_verdict', 'label_cells']
+           'evaluated', 'mask_runs', 'multitask_table', 'compared_with', 'against_controls', 'against',
+           'pretraining_table', 'judged', 'started', 'pretraining_verdict', 'label_frames', 'label_title',
+           'label_pairs', 'label_evaluations', 'label_table', 'label_verdict', 'label_cells']
 
 # %% ../nbs/06_tables.ipynb #24a27a76
 import json
@@ -175,6 +175,11 @@ def verdict(diffs:pd.DataFrame, # from `differences`: multi-task against single-
 
 
 # %% ../nbs/06_tables.ipynb #2f82f73a
+def evaluated(study, rows, n_boot, seed) -> tuple: # rows: title -> row; (title -> frames, every metric of every row)
+    frames = {k: row_frames(study, r) for k,r in rows.items()}
+    long = pd.concat([evaluate(f, n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, rows[k]))) for k,f in frames.items()], ignore_index=True)
+    return frames, long
+
 def mask_runs(study, row, name='segmentation'): # one list per seed of MaskScores, a fold each
     "The mask scores of a row; `name='prior'`: those of the box prior on the same folds."
     runs = row_runs(study, row)
@@ -183,8 +188,7 @@ def mask_runs(study, row, name='segmentation'): # one list per seed of MaskScore
 def multitask_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, mask metrics, frames of the first row)
     "The numbers of Table 3: rows as in the study file, the box prior last among the masks; `study_` marks mask metrics whose images were averaged by study first."
     rows = {row_title(r): r for r in study['table3']}
-    frames = {k: row_frames(study, r) for k,r in rows.items()}
-    long = pd.concat([evaluate(f, n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, rows[k]))) for k,f in frames.items()], ignore_index=True)
+    frames,long = evaluated(study, rows, n_boot, seed)
     others = [(k, 'single-task', 'more tasks') for k in rows if k != 'single-task'] + [('multi-task', k, 'place') for c in CONTROLS if (k := f'multi-task, {c} masks') in rows]
     drawn = [(k, r, mask_runs(study, r)) for k,r in rows.items() if r.get('multitask')]
     drawn.append(('box prior', drawn[0][1], mask_runs(study, drawn[0][1], 'prior')[:1])) # the same for every seed
@@ -196,11 +200,14 @@ def multitask_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, 
 MASK_COLUMNS = dict(dice='Dice', iou='IoU', box_recall='box recall', pixel_ap='pixel AP', area_negative='area drawn in negatives')
 MASK_BY_CLASS = {f'{m}_{c}': f'{t} {c}' for m,t in (('dice', 'Dice'), ('pixel_ap', 'pixel AP')) for c in CLASSES[1:]}
 
-def compared(long, diffs, metric='auc_macro') -> pd.DataFrame:
-    "The readable first block of Table 3: each row, and its difference from the single-task model."
-    d = diffs[(diffs.metric == metric) & (diffs.than == 'single-task')].set_index('row')
-    extra = [('', '') if r not in d.index else (cell(d.loc[r], 3), f'{d.p_holm[r]:.3f}') for r in long.row.unique()]
-    return wide(long, MAIN).assign(**dict(zip(('macro AUC, minus single-task', 'p (Holm)'), zip(*extra))))
+def compared_with(long, diffs, questions:dict, metric='auc_macro') -> pd.DataFrame: # questions: question -> heading
+    "The main metrics, and each row's difference from the rows that it is compared with."
+    out = wide(long, MAIN)
+    for q,heading in questions.items():
+        d = diffs[(diffs.metric == metric) & (diffs.question == q)].set_index('row')
+        for name,text in ((heading, lambda r: cell(r, 3)), ('p (Holm)' + ' '*len(out.columns), lambda r: f'{r.p_holm:.3f}')):
+            out[name] = [text(d.loc[r]) if r in d.index else '' for r in out.model]
+    return out.rename(columns=str.strip)
 
 def against_controls(diffs, metric='auc_macro') -> pd.DataFrame:
     "Multi-task minus each of its controls."
@@ -219,8 +226,7 @@ def against(rows:dict # title -> row, of Table 4
 def pretraining_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, frames of the first row)
     "The numbers of Table 4, rows as in the study file."
     rows = {pretrain_title(r): r for r in study['table4']}
-    frames = {k: row_frames(study, r) for k,r in rows.items()}
-    long = pd.concat([evaluate(f, n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, rows[k]))) for k,f in frames.items()], ignore_index=True)
+    frames,long = evaluated(study, rows, n_boot, seed)
     return long, differences(frames, against(rows), n_boot, seed), next(iter(frames.values()))
 
 # %% ../nbs/06_tables.ipynb #108f1dad
@@ -238,15 +244,6 @@ def pretraining_verdict(diffs:pd.DataFrame, metric='auc_macro') -> str:
     "The sentence about each method against ImageNet, that the rule gives."
     d = diffs[(diffs.metric == metric) & (diffs.question == 'ImageNet')]
     return '; '.join(f'{r.row}: {judged(r)}' for r in d.itertuples()) or 'no pre-training without labels was run beside ImageNet'
-
-def compared_with(long, diffs, questions:dict, metric='auc_macro') -> pd.DataFrame: # questions: question -> heading
-    "The main metrics, and each row's difference from the rows that it is compared with."
-    out = wide(long, MAIN)
-    for q,heading in questions.items():
-        d = diffs[(diffs.metric == metric) & (diffs.question == q)].set_index('row')
-        for name,text in ((heading, lambda r: cell(r, 3)), ('p (Holm)' + ' '*len(out.columns), lambda r: f'{r.p_holm:.3f}')):
-            out[name] = [text(d.loc[r]) if r in d.index else '' for r in out.model]
-    return out.rename(columns=str.strip)
 
 # %% ../nbs/06_tables.ipynb #3038d64d
 MARGIN = .02 # of macro AUC: as good as
@@ -268,15 +265,19 @@ def label_pairs(rows:dict,     # title -> row
     return [p for p in pairs if p[1][0]]
 
 # %% ../nbs/06_tables.ipynb #1f4f9806
-def label_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, frames of the first cell)
-    "The numbers of Table 6: `labels` is the share, `n_train` the mean number of training images."
-    rows,shares = {label_title(r): r for r in study['table6']['rows']},study['table6']['fractions']
-    frames = {(k, f): label_frames(study, r, f) for k,r in rows.items() for f in shares}
+def label_evaluations(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, (title, share) -> frames)
+    "Every cell of Table 6: `labels` is the share, `n_train` the mean number of training images."
+    rows = {label_title(r): r for r in study['table6']['rows']}
+    frames = {(k, f): label_frames(study, r, f) for k,r in rows.items() for f in study['table6']['fractions']}
     def about(k, f):
         runs = list(label_runs(study, rows[k], f))
         return dict(row=k, labels=f, n_train=np.mean([load_run(r)['n']['train'] for r in runs]), runs=' '.join(runs))
-    long = pd.concat([evaluate(v, n_boot, seed).assign(**about(*key)) for key,v in frames.items()], ignore_index=True)
-    d = differences(frames, label_pairs(rows, shares), n_boot, seed)
+    return pd.concat([evaluate(v, n_boot, seed).assign(**about(*key)) for key,v in frames.items()], ignore_index=True), frames
+
+def label_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, frames of the first cell)
+    "The numbers of Table 6."
+    long,frames = label_evaluations(study, n_boot, seed)
+    d = differences(frames, label_pairs({label_title(r): r for r in study['table6']['rows']}, study['table6']['fractions']), n_boot, seed)
     titled = lambda column, i: [t[i] for t in d[column]]
     return long, d.assign(row=titled('row', 0), labels=titled('row', 1), than=titled('than', 0), than_labels=titled('than', 1)), next(iter(frames.values()))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'start_device', 'rank_and_world', 'together', 'one_first', 'Batches', 'share', 'Seeding', 'Autocasting',
-           'Watching', 'mean_terms', 'Checkpointing', 'plain', 'Distributing', 'make_learner', 'scheduled', 'embed']
+           'Watching', 'mean_terms', 'Checkpointing', 'plain', 'Distributing', 'make_learner', 'scheduled',
+           'evaluating', 'embed']
 
 # %% ../nbs/02_training.ipynb #28b7f6c7
 import time
@@ -204,15 +205,20 @@ def scheduled(lr:float, kind:str, # peak, a key of SCHEDULES
     return ParamScheduler(dict(lr=lambda t: lr*float(SCHEDULES[kind](t))*min(1., t/warmup if warmup else 1.)))
 
 # %% ../nbs/02_training.ipynb #f6f752d3
-@torch.no_grad()
+@contextmanager
+def evaluating(model:torch.nn.Module):
+    "Evaluation mode, without gradients; afterwards every part is in the mode that it was in."
+    was = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally:
+        for m,training in was.items(): m.training = training
+
 def embed(encoder:torch.nn.Module, # (B,1,px,px) in [0,1] -> list of maps, such as `Encoder`
           batches:Batches,         # in order (seed None)
           change=lambda x: x       # done to each batch in [0,1], such as an augmentation
          ) -> np.ndarray:          # (N,D) float32, in the order of `batches.rows`
     "The pooled last map of every image, in evaluation mode; the mode of the encoder is left as it was."
     if batches.seed is not None: raise InputError('shuffled batches have no order', field='batches.seed', cure='use seed=None')
-    was = {m: m.training for m in encoder.modules()}; encoder.eval()
-    try:
-        with autocast_for(batches.device): return torch.cat([encoder(change(x.float().div_(255)))[-1].float().mean((2, 3)).cpu() for x,*_ in batches]).numpy()
-    finally:
-        for m,training in was.items(): m.training = training
+    with evaluating(encoder), autocast_for(batches.device):
+        return torch.cat([encoder(change(x.float().div_(255)))[-1].float().mean((2, 3)).cpu() for x,*_ in batches]).numpy()
