@@ -28,7 +28,7 @@ from .models import BalancedBCE, BalancedCE, Classifier, Encoder, autocast_for, 
 from .multitask import MultiTask, MultiTaskLoss, TaughtMasks, multitask_encoder
 from .runs import InputError, begin, finish, load_run, resolve, rng, show_path, torch_generator, write_csv
 from .segmentation import join, prior_logits, save_mask_scores, score_masks
-from .training import Batches, Watching, make_learner, plain
+from .training import Batches, Watching, make_learner, mean_by_row, plain
 
 # %% ../nbs/04_finetune.ipynb #afeca2b8
 def split_rows(labels,       # (N,) class of each image, -1 where it has none
@@ -82,19 +82,24 @@ class Augmenting(Callback):
 
 # %% ../nbs/04_finetune.ipynb #b5c9740a
 class Selecting(Watching):
-    "Validation AUC of every epoch; keeps the weights of the epoch with the highest macro AUC (of equals, the lower loss), or of the last one."
-    saved = ('history', 'best', 'best_weights', 'best_epoch')
+    "Validation AUC of every epoch; keeps the weights of the epoch with the highest macro AUC (of equals, the lower loss), or of the last one. `dynamics`: the probability of its label that each training image was given, epoch by epoch."
+    saved = ('history', 'best', 'best_weights', 'best_epoch', 'dynamics')
     def __init__(self, select='auc', progress=True):
         super().__init__(progress)
-        self.select,self.best,self.best_weights,self.best_epoch = select,(-np.inf, -np.inf),None,None
+        self.select,self.best,self.best_weights,self.best_epoch,self.dynamics = select,(-np.inf, -np.inf),None,None,[]
 
+    def before_train(self): super().before_train(); self.drawn,self.believed = [],[]
     def before_validate(self): self.logits,self.targets = [],[]
 
     def after_batch(self):
         super().after_batch()
-        if not self.training: self.logits.append((self.pred[0] if isinstance(self.pred, tuple) else self.pred).cpu()); self.targets.append(self.yb[0].cpu())
+        z,y = (self.pred[0] if isinstance(self.pred, tuple) else self.pred).detach(),self.yb[0]
+        if not self.training: self.logits.append(z.cpu()); self.targets.append(y.cpu())
+        elif getattr(self.loss_func, 'stage', 'joint') != 'segmentation':
+            self.drawn.append(self.dls.train.part); self.believed.append(self.loss_func.scores(z).softmax(1).gather(1, y[:, None])[:, 0])
 
     def measure(self):
+        self.dynamics.append(mean_by_row(self.drawn, self.believed, len(self.dls.train.images)))
         z = self.loss_func.scores(torch.cat(self.logits)).numpy()
         return dict(val_auc_macro=point_metrics(torch.cat(self.targets).numpy(), softmax(z))['auc_macro'])
 
@@ -153,15 +158,18 @@ def pretrained_file(p,     # checked parameters
 def predict(model,           # (B,1,px,px) in [0,1] -> (B,4) logits, or these and (B,1,px,px) mask logits
             batches:Batches, # in order (seed None)
             scores=lambda z: z, # of the loss: logits whose softmax are the probabilities
+            change=None,     # (x (B,1,px,px) in [0,1], row numbers) -> x: what is done to each batch before the model sees it
             on_masks=None    # called with the row numbers and the (B,px,px) float32 mask logits of each batch
            ) -> np.ndarray:  # (N,4) float32 logits, in the order of `batches.rows`
     "Logits of every image of `batches`, in evaluation mode."
     if batches.seed is not None: raise InputError('shuffled batches have no order', field='batches.seed', cure='use seed=None')
     model,out = model.to(batches.device).eval(),[]
-    for i,(x,*_) in enumerate(batches):
-        with autocast_for(batches.device): z = model(x.float().div_(255))
+    for x,*_ in batches:
+        x = x.float().div_(255)
+        if change: x = change(x, batches.part)
+        with autocast_for(batches.device): z = model(x)
         if isinstance(z, tuple):
-            if on_masks: on_masks(batches.rows[i*batches.size:(i + 1)*batches.size], z[1][:,0].float().cpu().numpy())
+            if on_masks: on_masks(batches.part, z[1][:,0].float().cpu().numpy())
             z = z[0]
         out.append(scores(z.float()).cpu())
     return torch.cat(out).numpy()
@@ -200,7 +208,7 @@ def fit(store, images:pd.DataFrame, rows:dict, # the store, the cohort's table, 
         device='cpu',             # a torch device
         cbs=(),                   # further callbacks
         length:int=None           # images an epoch; None: each training image once
-       ): # (model with the weights of the best epoch, history, provenance of the start, best epoch)
+       ): # (model with the weights of the best epoch, history, provenance of the start, best epoch, training dynamics)
     "Train one model; goes on from `checkpoint` where it exists."
     labels = images.label.values
     if p.multitask and not any(images.annotated.values[i] and store.masks[i].any() for i in rows['train']):
@@ -212,7 +220,9 @@ def fit(store, images:pd.DataFrame, rows:dict, # the store, the cohort's table, 
     learn,watching = finetuner(model, train, val, p, make_loss(p, labels[rows['train']]), checkpoint, cbs)
     learn.fit_one_cycle(p.epochs, [p.lr*p.encoder_lr, p.lr])
     model.load_state_dict(watching.best_weights)
-    return model, pd.DataFrame(watching.history), source, watching.best_epoch
+    seen = np.unique(rows['train'])
+    dynamics = images.iloc[seen][['image', 'label']].reset_index(drop=True).join(pd.DataFrame({f'epoch_{i}': d[seen] for i,d in enumerate(watching.dynamics)}))
+    return model, pd.DataFrame(watching.history), source, watching.best_epoch, dynamics
 
 # %% ../nbs/04_finetune.ipynb #93507854
 def score_rows(model, store, images, rows, splits, p, device='cpu'): # rows: split -> row numbers; splits: which of them
@@ -222,7 +232,7 @@ def score_rows(model, store, images, rows, splits, p, device='cpu'): # rows: spl
         def keep(i, z, k=k):
             about = images.iloc[i][['image', 'study', 'patient', 'group', 'label', 'annotated']].assign(fold=p.fold, split=k)
             scores.append(score_masks(z, store.masks[i], [store.boxes(j) for j in i], about))
-        z = predict(model, Batches(store.images, rows[k], images.label.values, p.batch_size, device), LOSSES[p.loss]().scores, keep)
+        z = predict(model, Batches(store.images, rows[k], images.label.values, p.batch_size, device), LOSSES[p.loss]().scores, on_masks=keep)
         predictions.append(prediction_rows(images, rows[k], z, k, p.fold))
     return pd.concat(predictions, ignore_index=True), join(scores) if scores else None
 
@@ -256,10 +266,11 @@ def finetune(run,         # `runs.Run`: where to, identity
     rows = split_rows(images.label.values, folds, p.fold, p.n_folds)
     length = len(rows['train'])
     rows['train'] = label_subset(images.label.values, images.group.values, rows['train'], p.label_fraction, p.draw)
-    model,history,source,best_epoch = fit(store, images, rows, p, folder/'checkpoint.pt', device, length=length)
+    model,history,source,best_epoch,dynamics = fit(store, images, rows, p, folder/'checkpoint.pt', device, length=length)
     predictions,scores = score_rows(model, store, images, rows, ('val', 'test'), p, device)
     write_csv(folder/'predictions.csv', predictions)
     write_csv(folder/'history.csv', history)
+    write_csv(folder/'dynamics.csv', dynamics)
     if scores: save_masks(folder, model, scores, store, images, rows, p, device)
     save_weights(model, folder/'weights.safetensors', pretrain=p.pretrain, px=p.px, classes=','.join(CLASSES))
     return finish(run, kind='finetune', cohort=dict(name=cohort.name, digest=cohort.digest, images=len(images)), store=store.digest,

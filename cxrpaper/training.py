@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'start_device', 'rank_and_world', 'together', 'one_first', 'Batches', 'share', 'Seeding', 'Autocasting',
-           'Watching', 'mean_terms', 'Checkpointing', 'plain', 'Distributing', 'make_learner', 'scheduled',
-           'evaluating', 'embed']
+           'Watching', 'mean_terms', 'mean_by_row', 'Checkpointing', 'plain', 'Distributing', 'make_learner',
+           'scheduled', 'evaluating', 'embed']
 
 # %% ../nbs/02_training.ipynb #28b7f6c7
 import time
@@ -51,7 +51,7 @@ def one_first():
 
 # %% ../nbs/02_training.ipynb #2c6c62c4
 class Batches:
-    "Batches of a store as fastai's `Learner` reads them: x (B,1,px,px) uint8, y (B,) int64 and, with `taught`, masks (B,1,px,px) uint8 and annotated (B,) bool, on `device`."
+    "Batches of a store as fastai's `Learner` reads them: x (B,1,px,px) uint8, y (B,) int64 and, with `taught`, masks (B,1,px,px) uint8 and annotated (B,) bool, on `device`; `part`: the rows of the last one."
     n_inp = 1
     def __init__(self, images, # (N,px,px) uint8, in memory or memory-mapped
                  rows,         # rows to draw from
@@ -71,7 +71,7 @@ class Batches:
         order = self.rows if self.seed is None else rng(self.seed, 'order', self.epoch).permutation(self.rows)
         for i in range(len(self)):
             part = order[i*self.size:(i + 1)*self.size]
-            if self.seed is not None: part = share(part)
+            self.part = part = part if self.seed is None else share(part)
             batch = [self.images[part][:,None], self.labels[part].astype(np.int64)]
             if self.taught is not None: batch += [np.ascontiguousarray(self.taught[part][:,None]), self.taught.annotated[part]]
             yield tuple(torch.from_numpy(b).to(self.device, non_blocking=True) for b in batch)
@@ -140,6 +140,14 @@ def mean_terms(sums:dict # (split, term) -> sum over images; the term 'n' counts
         value = value.to(PartialState().device); dist.all_reduce(value)
     total = dict(zip(sums, value.tolist()))
     return {f'{s}_{k}': v/total[s, 'n'] for (s,k),v in total.items() if k != 'n'}
+
+def mean_by_row(rows, values, n:int # lists of (b,) row numbers and of (b,) tensors, a pair for each batch; number of images
+               ) -> np.ndarray:     # (n,) float32, NaN where an image was not drawn
+    "The mean of what was said of each image, by all processes."
+    total = torch.zeros(2, n, dtype=torch.float64)
+    if rows: v = torch.cat(values).double().cpu(); total.index_add_(1, torch.from_numpy(np.concatenate(rows)), torch.stack([v, torch.ones_like(v)]))
+    if rank_and_world()[1] > 1: total = total.to(PartialState().device); dist.all_reduce(total)
+    return (total[0]/total[1]).float().cpu().numpy()
 
 # %% ../nbs/02_training.ipynb #e1feb417
 class Checkpointing(Callback):

@@ -72,12 +72,17 @@ def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
     cohort,store = data; y = cohort.images.label.values
     images = np.array(store.images); images[np.arange(len(y)), :, :] //= 2
     for i,k in enumerate(y): images[i, 16*k:16*k + 12, 4:16] = 255
-    rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3); auc = {}
+    rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3); auc,believed = {},{}
     for name,labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
         p = SimpleNamespace(**P | dict(epochs=10, lr=3e-3, augmentation='none'))
-        history = fit(SimpleNamespace(images=images, masks=store.masks), cohort.images.assign(label=labels), rows, p, tmp_path/f'{name}.pt')[1]
-        auc[name] = history.val_auc_macro.iloc[-1]
+        _,history,_,_,seen = fit(SimpleNamespace(images=images, masks=store.masks), cohort.images.assign(label=labels), rows, p, tmp_path/f'{name}.pt')
+        auc[name],believed[name] = history.val_auc_macro.iloc[-1],seen.filter(like='epoch_').mean()
+        assert list(seen.image) == list(cohort.images.image.iloc[rows['train']]) and list(seen.label) == list(labels[rows['train']])
+        drawn = len(rows['train'])//p.batch_size*p.batch_size
+        assert (seen.filter(like='epoch_').notna().sum() == drawn).all() # an incomplete last batch is left out
     assert auc['planted'] > .95 and abs(auc['shuffled'] - .5) < .2, auc
+    assert believed['planted'].iloc[-1] > .7 > .5 > believed['planted'].iloc[0] # training dynamics: the label is believed more and more
+    assert believed['planted'].mean() > believed['shuffled'].mean() + .02 # a shuffled one has to be learnt by heart, which comes later
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
@@ -89,6 +94,10 @@ def test_predictions_do_not_depend_on_the_batch_size(data):
     model = Classifier(Encoder('resnet10t')); rows = np.arange(20)
     a,b = (predict(model, Batches(store.images, rows, cohort.images.label.values, size)) for size in (1, 16))
     assert a.shape == (20, 4) and np.abs(a - b).max() < 1e-4
+    seen = []
+    def darken(x, part): seen.append(part); return x*(torch.as_tensor(part) != 7).view(-1, 1, 1, 1)
+    c = predict(model, Batches(store.images, rows, cohort.images.label.values, 16), change=darken)
+    assert np.concatenate(seen).tolist() == rows.tolist() and np.flatnonzero(np.abs(c - b).max(1) > 1e-3).tolist() == [7] # `change` reaches the image it names, and no other
     with pytest.raises(InputError, match='no order'): predict(model, Batches(store.images, rows, cohort.images.label.values, 4, seed=0))
 
 def test_provenance_says_what_went_in(data, tmp_path):
