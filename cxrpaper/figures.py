@@ -16,11 +16,12 @@ from .cohort import CLASSES, load_cohort
 from .dicom import read_radiograph
 from .finetune import load_model
 from .metrics import bootstrap, confusion, curve_band, evaluate, probabilities
+from .predictions import row_frames
 from .runs import InputError, atomic, resolve, rng
 from .segmentation import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
 from .store import decode
 from .study import read_study, row_runs, row_title
-from .tables import cell, label_evaluations, mask_runs, missing_runs, needed_runs, row_frames, sample_text, sidecar, stamp
+from .tables import cell, label_evaluations, mask_runs, missing_runs, needed_runs, sample_text, sidecar, stamp
 
 # %% ../nbs/07_figures.ipynb #a8114c5f
 COLOURS = dict(zip(CLASSES, ('#000000', '#0072B2', '#E69F00', '#CC79A7')))
