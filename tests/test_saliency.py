@@ -38,20 +38,18 @@ def hand_map(model, x, c):
     model = model.double().eval()
     with torch.no_grad():
         a = model.encoder(torch.tensor(x/255.)[None, None])[-1][0].numpy()
-        logit = lambda a: float(model.head(torch.tensor(a).mean((1, 2))[None])[0, c])
+        logit = lambda a: model.head(a.mean((2, 3)))[:, c] # (B,channels,h,w) -> (B,)
         out = np.zeros(a.shape[1:])
         for k in range(len(a)):
-            grad = np.zeros(a.shape[1:])
-            for i in np.ndindex(*a.shape[1:]):
-                up,down = a.copy(),a.copy(); up[(k, *i)] += 1e-3; down[(k, *i)] -= 1e-3
-                grad[i] = (logit(up) - logit(down))/2e-3
-            out += grad.mean()*a[k]
+            step = torch.zeros(out.size, *a.shape, dtype=torch.float64); step[:, k] = 1e-3*torch.eye(out.size, dtype=torch.float64).view(-1, *a.shape[1:])
+            grad = (logit(torch.tensor(a) + step) - logit(torch.tensor(a) - step))/2e-3 # one value for each point of channel k
+            out += float(grad.mean())*a[k]
     model.float()
     return np.maximum(out, 0)
 
-@pytest.mark.parametrize('kind', ['classifier', 'unet', 'deeplabv3plus'])
+@pytest.mark.parametrize('kind', ['classifier', 'unet'])
 def test_grad_cam_is_its_definition(kind):
-    images,labels = stack(2, 64 if kind == 'deeplabv3plus' else 96)
+    images,labels = stack(2, 96)
     model = network(kind)
     got = grad_cam(model, Batches(images, np.arange(2), labels, 2))
     for i in range(2):
@@ -154,11 +152,10 @@ def test_table_equals_a_naive_bootstrap():
     t = saliency_table({'m': maps}, masks, who, n_boot=50, seed=2).set_index(['metric', 'than'])
     keep = masks.any((1, 2)); own,than = saliency_differences(maps[keep], masks[keep], who[keep])
     names = np.unique(who[keep]); drawn = np.hstack(list(resampled_units(len(names), 50, 2))).T.astype(int)
-    for d,column in ((own.iou, 'value'), (than['prior'].iou, 'difference'), (than['exchanged'].iou, 'difference')):
-        slow = [np.mean(np.concatenate([np.tile(d.to_numpy()[who[keep] == w], k) for w,k in zip(names, row)])) for row in drawn]
-        r = t.loc['iou', 'exchanged' if d is than['exchanged'].iou else 'prior']; lo,hi = ('lo', 'hi') if column == 'value' else ('difference_lo', 'difference_hi')
-        if column == 'difference': r = t.loc['iou'].iloc[(np.abs(t.loc['iou'].difference - d.mean())).argmin()]
-        assert np.allclose([r[column], r[lo], r[hi]], [d.mean(), *np.quantile(slow, [.025, .975])])
+    cases = [(own.iou, 'prior', ('value', 'lo', 'hi'))] + [(d.iou, k, ('difference', 'difference_lo', 'difference_hi')) for k,d in than.items()]
+    for d,k,columns in cases:
+        slow = [np.mean(np.concatenate([np.tile(d.to_numpy()[who[keep] == w], times) for w,times in zip(names, row)])) for row in drawn]
+        assert np.allclose(t.loc[('iou', k), list(columns)].astype(float), [d.mean(), *np.quantile(slow, [.025, .975])])
     assert (t.n == 19).all() and (t.n_units == 8).all()
 
 def test_exchanged_terms_have_the_mean_of_the_plain_difference():
@@ -167,7 +164,7 @@ def test_exchanged_terms_have_the_mean_of_the_plain_difference():
     plain = own.mean() - np.mean([map_scores(maps[p], masks).mean() for p in exchanges(who)], 0)
     assert np.allclose(than['exchanged'].mean(), plain)
     same = np.broadcast_to(maps[3], maps.shape) # one map for everybody: nothing is due to the image
-    assert np.allclose(saliency_differences(same, masks, who)[1]['exchanged'], 0)
+    assert np.allclose(saliency_differences(same, masks, who)[1]['exchanged'].mean(), 0) and not np.allclose(plain, 0)
 
 def test_verdicts():
     _,masks,_,who = simulate_squares(30, 3, px=32)
