@@ -175,7 +175,7 @@ class Scaling:
     before: float     # log loss there
     after: float
     at_bound: bool    # True: the best fit lies beyond the limits
-    se: float = np.nan # standard error of log temperature
+    se: float = np.nan # standard error of log temperature; NaN at a limit, or with one patient
 
     @property
     def temperature(self): return 1/self.scale[0] if len(set(self.scale)) == 1 else np.nan
@@ -198,6 +198,7 @@ def _warn(df, what): warnings.warn(f'{df.attrs.get("run", "predictions")}: fold 
 def fit_temperature(df:pd.DataFrame, # validation rows of one fold
                     limits=LIMITS, leaky:bool=False) -> Scaling:
     "Temperature scaling: the one number that minimises the log loss of the validation rows."
+    if not 0 < limits[0] < limits[1]: raise InputError(f'{limits} are not limits', field='limits', cure='give the lowest and the highest temperature, above 0')
     z,y,unit = _validation(df, leaky); right = z[np.arange(len(y)), y]
     each = lambda beta: (softmax(beta*z)*z).sum(1) - right # derivative of every image's log loss
     slope,(lo,hi) = (lambda beta: each(beta).mean()), (1/limits[1], 1/limits[0])
@@ -205,7 +206,7 @@ def fit_temperature(df:pd.DataFrame, # validation rows of one fold
     beta = (lo if slope(lo) >= 0 else hi) if at_bound else brentq(slope, lo, hi, xtol=1e-12)
     if at_bound: _warn(df, f'temperature {1/beta:g} is a limit')
     p = softmax(beta*z); curvature = ((p*z**2).sum(1) - (p*z).sum(1)**2).mean()
-    s = np.bincount(unit, each(beta)); se = np.nan if at_bound else (len(s)/(len(s) - 1)*(s**2).sum())**.5/(len(y)*curvature*beta)
+    s = np.bincount(unit, each(beta)); se = np.nan if at_bound or len(s) < 2 else (len(s)/(len(s) - 1)*(s**2).sum())**.5/(len(y)*curvature*beta)
     return Scaling((beta,)*z.shape[1], (0.,)*z.shape[1], len(y), _log_loss(z, y), _log_loss(beta*z, y), bool(at_bound), float(se))
 
 # %% ../nbs/05_calibration.ipynb #2662adae
@@ -272,10 +273,10 @@ def draw_reliability(axs,            # three axes: top-label, classes, histogram
         ax,colour = (axs[0], '0.25') if of == 'top' else (axs[1], colours[of])
         ax.fill_between(d.score, d.lo, d.hi, color=colour, alpha=.2, lw=0)
         ax.plot(d.score, d.share, color=colour, marker='o', ms=2.5, lw=1.2, label='called class' if of == 'top' else of)
-    for ax,what in zip(axs, ('share right', 'share of the class')):
-        ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=.8, zorder=0); ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=what); ax.set_aspect('equal')
+    for ax,what,x in zip(axs, ('share right', 'share of the class'), ('confidence in the called class', 'probability of the class')):
+        ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=.8, zorder=0); ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=x, ylabel=what); ax.set_aspect('equal')
     confidence,right = scores_of(read_cases(df, unit, leaky=leaky))
     axs[2].hist(confidence, np.linspace(.25, 1, 16), color='0.75', weights=np.full(len(confidence), 1/len(confidence)))
     for v,style,name in ((confidence.mean(), '-', 'mean confidence'), (right.mean(), ':', 'accuracy')): axs[2].axvline(v, color='0.25', ls=style, lw=1.2, label=name)
-    axs[2].set(xlim=(0, 1), xlabel='predicted probability', ylabel='share of images')
+    axs[2].set(xlim=(0, 1), xlabel='confidence in the called class', ylabel='share of images')
     return pd.concat(parts, names=['of', 'bin']).reset_index('of')

@@ -30,12 +30,19 @@ def simulate_models(n_patients:int=60,  # at least 2
     return tuple(base.assign(**dict(zip(LOGITS, (z + own() + more*truth).T))) for more in (gain, 0.))
 
 # %% ../nbs/05_comparisons.ipynb #ada2421c
+def _same_images(positive, patients, *scores):
+    "InputError unless every array has one finite entry for each image."
+    for name,v in zip(('patients', *['score']*len(scores)), (patients, *scores)):
+        if v is not None and np.shape(v) != np.shape(positive): raise InputError(f'{np.shape(v)} values for {np.shape(positive)} images', field=name, cure='give one value for each image')
+    if any((bad := ~np.isfinite(v)).any() for v in scores): raise InputError(f'image {np.flatnonzero(bad)[0]} has no finite score', field='score', cure='leave the image out for both models, or predict it again')
+
 def auc_difference(positive, a, b, # (N,) bool; (N,) scores of A; (N,) scores of B
                    patients,       # (N,) patient of each image
                    n_boot:int=2000, seed:int=0, level:float=.95
                   ) -> dict:       # difference, lo, hi, p
     "AUC of A minus AUC of B with the percentile interval and two-sided p of resampled patients."
     positive,a,b = np.asarray(positive, bool), np.asarray(a, float), np.asarray(b, float)
+    _same_images(positive, patients, a, b)
     who,unit = np.unique(np.asarray(patients), return_inverse=True)
     minus = lambda w: auc(positive, a, w) - auc(positive, b, w)
     d = np.concatenate([minus(q[unit]) for q in resampled_units(len(who), n_boot, seed)])
@@ -54,6 +61,7 @@ def rejection_rate(p,               # (M,) p values of independent trials, NaN =
                    level:float=.95
                   ) -> dict:        # rate, lo, hi, n
     "Share of trials with p below `alpha` and its Wilson interval."
+    if not 0 < alpha < 1: raise InputError(f'{alpha} is not between 0 and 1', field='alpha', cure='give .05 for 5 %')
     p = np.asarray(p, float); p = p[~np.isnan(p)]
     if not len(p): raise InputError('no p value is defined', field='p', cure='give trials in which the test could be made')
     ci = stats.binomtest(int((p < alpha).sum()), len(p)).proportion_ci(level, 'wilson')
@@ -65,7 +73,9 @@ def auc_interval(positive, score,  # (N,) bool; (N,)
                  level:float=.95
                 ) -> dict:         # auc, se, lo, hi
     "One AUC with DeLong's standard error and its interval on the logit scale; NaN limits where the AUC is 0 or 1."
-    area,cov = delong(positive, np.asarray(score, float)[None], clusters)
+    if not 0 < level < 1: raise InputError(f'{level} is not between 0 and 1', field='level', cure='give .95 for 95 %')
+    positive,score = np.asarray(positive, bool), np.asarray(score, float); _same_images(positive, clusters, score)
+    area,cov = delong(positive, score[None], clusters)
     a,se = float(area[0]), float(cov[0, 0])**.5
     if not 0 < a < 1: return dict(auc=a, se=se, lo=np.nan, hi=np.nan)
     half = stats.norm.ppf((1 + level)/2)*se/(a*(1 - a))
@@ -147,14 +157,14 @@ def smallest_difference(a,                # predictions of A (a frame or one per
                         metric:str='auc_macro',
                         power:float=.8,   # probability of finding it
                         alpha:float=.05,  # two-sided
-                        **kwargs          # n_boot, seed, unit of `bootstrap_difference`
+                        **kwargs          # n_boot, seed, unit, level, leaky of `bootstrap_difference`
                        ) -> dict:         # se, smallest, difference, power, alpha
     "The smallest paired difference that this many patients would have shown with the given power."
     if not 0 < alpha < .5 <= power < 1: raise InputError(f'power {power}, alpha {alpha}', field='power', cure='give .5 <= power < 1 and 0 < alpha < .5')
-    d = np.nan
+    d,level = np.nan, kwargs.get('level', .95)
     if b is None: se = float(a)
     else:
         r = bootstrap_difference(a, b, metrics=[metric], **kwargs).iloc[0]
-        d,se = float(r.difference), float(r.hi - r.lo)/(2*stats.norm.ppf(.975))
+        d,se = float(r.difference), float(r.hi - r.lo)/(2*stats.norm.ppf((1 + level)/2))
     if not se >= 0: raise InputError('no standard error', field=metric, cure='give more patients: too many resamples lack a class')
     return dict(se=se, smallest=float(stats.norm.isf(alpha/2) + stats.norm.ppf(power))*se, difference=d, power=power, alpha=alpha)

@@ -176,6 +176,12 @@ def test_limits_are_told(over):
     with warnings.catch_warnings():
         warnings.simplefilter('error'); assert not fit_temperature(val).at_bound and not fit_vector(val).at_bound
 
+def test_one_patient_has_a_temperature_without_an_error(over):
+    val = over[over.split == 'val']; s = fit_temperature(val.assign(patient='a', group='a'))
+    assert s.temperature == fit_temperature(val).temperature and np.isnan(s.se)
+    for bad in ((2, 1), (0, 5), (-1, 1)):
+        with pytest.raises(InputError, match='limits'): fit_temperature(val, bad)
+
 def test_bad_requests(over):
     for bad in (0, -3, 2.5, True):
         with pytest.raises(InputError, match='bins'): calibration_errors(over, bins=bad)

@@ -95,6 +95,15 @@ def test_swapping_models_patient_by_patient_agrees(images):
     assert max(far) < .07 if images == 1 else max(far) > .07
 
 
+def test_scores_that_do_not_belong_together_are_refused():
+    y,s,who = np.array([True, False, True, False]), np.array([.9, .1, .4, .6]), np.arange(4)
+    bad = np.where(y, s, np.nan)
+    for ask in (lambda: auc_difference(y, s[1:], s, who), lambda: auc_difference(y, s, s, who[1:]), lambda: auc_difference(y, s, bad, who), lambda: auc_interval(y, bad), lambda: auc_interval(y, s, who[1:]),
+                lambda: auc_interval(y, s, level=95), lambda: rejection_rate([.01], alpha=5)):
+        with pytest.raises(InputError): ask()
+    assert auc_interval(y.tolist(), s.tolist())['auc'] == auc_interval(y, s)['auc'] == .75
+
+
 # ---------------------------------------------------------------- planted truths
 def test_simulated_models_share_images_and_differ_by_the_gain():
     a,b = simulate_models(50, 3, 3.); again,_ = simulate_models(50, 3, 3.)
@@ -208,6 +217,7 @@ def test_smallest_difference_is_the_textbook_factor_and_the_bootstraps_error():
     assert r['difference'] == pytest.approx(bootstrap_difference(a, b, 10, metrics=['auc_macro']).difference[0])
     assert smallest_difference(a, b, n_boot=300, unit='image')['smallest'] < .9*r['smallest'], 'images as independent promise too much'
     assert smallest_difference(a, a, n_boot=20)['smallest'] == 0
+    assert smallest_difference(a, b, n_boot=600, level=.8)['se'] == pytest.approx(r['se'], rel=.15), 'whatever the level of the interval that it is read from'
     for bad in (dict(power=.3), dict(alpha=0), dict(power=1)):
         with pytest.raises(InputError): smallest_difference(.1, **bad)
     with pytest.raises(InputError, match='no standard error'): smallest_difference(np.nan)

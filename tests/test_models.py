@@ -1,6 +1,7 @@
 "The encoder, its weights and its loss, against references written here by hand."
 import hashlib, http.server, pickle, threading, time
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 import cv2
 import numpy as np
@@ -261,6 +262,11 @@ def test_latest_run_of_the_architecture_is_found(tmp_path):
 # --- what others published ------------------------------------------------------------------------------------------------------------
 
 def torchvision_net(arch):
+    "A copy of the one network of this architecture, free to be changed."
+    return deepcopy(_torchvision_net(arch))
+
+@cache
+def _torchvision_net(arch):
     "Random weights, and statistics of the normalisation that are not the initial ones."
     import torchvision
     net = getattr(torchvision.models, arch)(weights=None).double()

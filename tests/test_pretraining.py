@@ -19,7 +19,7 @@ OWN = dict(moco=dict(queue=32, momentum=.9, temperature=.2, dim=16, bn_groups=2)
 METHOD = dict(moco=moco, inpainting=inpainting)
 
 def settings(method, **change):
-    root = str(write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), workers=0))
+    root = str(write_phantom(PhantomConfig(n_patients=36, px=96, seed=3), workers=1))
     return SimpleNamespace(**BASE | OWN[method] | dict(data_root=root, labelled_root=root) | change)
 
 def start(method, run, **change):
