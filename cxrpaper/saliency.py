@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'simulate_squares', 'TinyEncoder', 'train_tiny', 'ClassLog
            'saliency_differences', 'saliency_table', 'saliency_verdict', 'draw_saliency', 'randomise',
            'map_correlation', 'sanity_check', 'sanity_verdict', 'draw_saliency_scores']
 
-# %% ../nbs/05_saliency.ipynb #9b08f3b5
+# %% ../nbs/05_saliency.ipynb #901d349f
 import copy
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from .models import Classifier
 from .runs import InputError, rng, torch_generator
 from .training import Batches, evaluating
 
-# %% ../nbs/05_saliency.ipynb #4ac146ce
+# %% ../nbs/05_saliency.ipynb #deb592df
 def simulate_squares(n_patients:int=40,   # two images each
                      seed:int=0,
                      tag:bool=False,      # True: the class is told by a tag in the corner, not by the square
@@ -45,7 +45,7 @@ def simulate_squares(n_patients:int=40,   # two images each
     if tag: x[:, 2:px//6, 2:px//6] = .5 + .5*sign(y)
     return np.rint(255*x.clip(0, 1)).astype(np.uint8), masks, y, np.repeat([f'p{i:04}' for i in range(n_patients)], 2)
 
-# %% ../nbs/05_saliency.ipynb #34cf15ab
+# %% ../nbs/05_saliency.ipynb #45f060f4
 class TinyEncoder(nn.Module):
     "Three convolutions with the interface of `Encoder`: gray to one map at a quarter of the resolution."
     channels = [32]
@@ -68,7 +68,7 @@ def train_tiny(images, labels, # (N,px,px) uint8; (N,) 0 or 1
         batches.epoch += 1
     return model.eval()
 
-# %% ../nbs/05_saliency.ipynb #623ac062
+# %% ../nbs/05_saliency.ipynb #0ffb13a0
 METHODS = {'gradcam': GradCAM, 'hirescam': HiResCAM, 'gradcam++': GradCAMPlusPlus, 'eigencam': EigenCAM}
 
 class ClassLogits(nn.Module):
@@ -83,7 +83,7 @@ class ClassLogits(nn.Module):
         with torch.no_grad(): a = self.encode(x)
         with torch.enable_grad(): return self.head(self.last_map(a.detach().requires_grad_()).mean((2, 3)))
 
-# %% ../nbs/05_saliency.ipynb #f87d5de1
+# %% ../nbs/05_saliency.ipynb #672fd078
 def grad_cam(model,            # `Classifier` or `MultiTask`
              batches:Batches,  # in order (seed None); its device is used, in float32
              classes='label',  # 'label' (an unlabelled image: 'predicted'), 'predicted', or one class for all
@@ -105,7 +105,7 @@ def grad_cam(model,            # `Classifier` or `MultiTask`
     top = maps.max((1, 2), keepdims=True)
     return np.divide(maps, top, out=np.zeros_like(maps), where=top > 0)
 
-# %% ../nbs/05_saliency.ipynb #d094e2ff
+# %% ../nbs/05_saliency.ipynb #87f855bc
 def segmentation_maps(model,          # `MultiTask`
                       batches:Batches # in order (seed None)
                      ) -> np.ndarray: # (N,px,px) float32 probabilities, in the order of `batches.rows`
@@ -115,7 +115,7 @@ def segmentation_maps(model,          # `MultiTask`
     if not out: raise InputError(f'{type(model).__name__} draws no masks', field='model', cure='give a multi-task model')
     return np.concatenate(out)
 
-# %% ../nbs/05_saliency.ipynb #940b3716
+# %% ../nbs/05_saliency.ipynb #e365e07f
 def near(masks,           # (N,px,px) bool
          tolerance:float  # share of the side, 0 to .5
         ) -> np.ndarray:  # (N,px,px) bool
@@ -136,7 +136,7 @@ def same_area_iou(v, m): # (N,P); (N,P) bool -> (N,): IoU of the brightest pixel
     hit = (above & m).sum(1) + (tied & m).sum(1)*(k - above.sum(1))/np.maximum(tied.sum(1), 1)
     return np.divide(hit, 2*k - hit, out=np.full(len(v), np.nan), where=k > 0)
 
-# %% ../nbs/05_saliency.ipynb #b3755817
+# %% ../nbs/05_saliency.ipynb #80ff5108
 def check_maps(maps, masks, lungs=None): # (N,px,px) each
     "Maps as float32, masks and lungs as bool; InputError where they do not belong together."
     maps,masks = np.asarray(maps, np.float32),np.asarray(masks)
@@ -157,7 +157,7 @@ def map_scores(maps,             # (N,px,px) not negative
     out = dict(pointing=inside_share(peak, near(masks, tolerance).reshape(m.shape)), energy=inside_share(v, m), iou=same_area_iou(v, m))
     return pd.DataFrame(out if lungs is None else out | dict(lung=inside_share(v, lungs.reshape(m.shape))))
 
-# %% ../nbs/05_saliency.ipynb #89b216f0
+# %% ../nbs/05_saliency.ipynb #4256ce3a
 def others_mean(maps,            # (N,px,px)
                 patients         # (N,)
                ) -> np.ndarray:  # (N,px,px) float32: for each image the mean of all images of other patients
@@ -178,7 +178,7 @@ def exchanges(patients,         # (N,)
     for row,step in zip(out, steps): row[order] = np.roll(order, -step)
     return out
 
-# %% ../nbs/05_saliency.ipynb #91c8043e
+# %% ../nbs/05_saliency.ipynb #e28905dc
 def at_resolution(masks,         # (N,px,px) bool
                   side:int       # points of the last map along a side, such as px/32
                  ) -> np.ndarray: # (N,px,px) float32 in [0,1]
@@ -187,7 +187,7 @@ def at_resolution(masks,         # (N,px,px) bool
     if not 1 <= side <= px: raise InputError(f'{side!r} points for {px} pixels', field='side', cure='give the side of the last map, such as px // 32')
     return np.stack([cv2.resize(cv2.resize(m, (side, side), interpolation=cv2.INTER_AREA), (px, px)) for m in np.asarray(masks, np.float32)]).clip(0, 1)
 
-# %% ../nbs/05_saliency.ipynb #b51466d4
+# %% ../nbs/05_saliency.ipynb #8767413b
 def saliency_differences(maps, masks, patients, # (N,px,px) of images that have a box; (N,px,px) bool; (N,)
                          lungs=None, tolerance:float=.03) -> tuple: # scores (N,), dict baseline -> differences (N,): DataFrames, one column per score
     "Scores of each image, and its terms of the difference from each baseline."
@@ -200,7 +200,7 @@ def saliency_differences(maps, masks, patients, # (N,px,px) of images that have 
     exchanged = own - received - given + given.mean(0)
     return own, dict(uniform=own - score(np.zeros_like(maps)), prior=own - score(others_mean(masks, patients)), exchanged=exchanged)
 
-# %% ../nbs/05_saliency.ipynb #09623f61
+# %% ../nbs/05_saliency.ipynb #05960982
 def saliency_table(maps:dict,          # name -> (N,px,px) not negative
                    masks,              # (N,px,px) bool: filled boxes or drawn masks; images with an empty one do not count
                    patients,           # (N,)
@@ -224,7 +224,7 @@ def saliency_table(maps:dict,          # name -> (N,px,px) not negative
             rows += [about | dict(than=k) | dict(zip(('difference', 'difference_lo', 'difference_hi', 'p'), mean(d[metric].to_numpy()))) | dict(n=len(some), n_units=len(names)) for k,d in than.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_saliency.ipynb #fba4fa54
+# %% ../nbs/05_saliency.ipynb #161c84ed
 def saliency_verdict(table:pd.DataFrame,  # from `saliency_table`
                      name:str,            # of the map
                      metric:str='iou',
@@ -244,7 +244,7 @@ def saliency_verdict(table:pd.DataFrame,  # from `saliency_table`
     why = 'it follows the image, but a map that never saw it does as well' if wins['exchanged'] else 'it does not depend on where the opacities of this image are'
     return f'not found: {why} ({say(lost)}, n = {n} patients)'
 
-# %% ../nbs/05_saliency.ipynb #4ef7560f
+# %% ../nbs/05_saliency.ipynb #ae20a405
 def draw_saliency(axs,              # two axes, or three where `probability` is given
                   image,            # (px,px) gray
                   boxes,            # (n,4) x, y, width, height in pixels of the image, as `Store.boxes` gives them
@@ -263,7 +263,7 @@ def draw_saliency(axs,              # two axes, or three where `probability` is 
     if probability is not None and np.min(probability) < .5 < np.max(probability):
         t = np.arange(px) + .5; axs[2].contour(t, t, probability, [.5], colors=[colours[1]], linewidths=1.2)
 
-# %% ../nbs/05_saliency.ipynb #c044778c
+# %% ../nbs/05_saliency.ipynb #edbfeec0
 def randomise(model,            # with an `encoder`; not changed
               share:float=1.,   # of the encoder's layers, counted from its end; 0: the head and all else outside the encoder only
               seed:int=0) -> nn.Module:
@@ -288,7 +288,7 @@ def map_correlation(a, b         # (N,px,px) maps of the same images
     r = np.divide((a*b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
     return np.where((a == 0).all(1), np.nan, r)
 
-# %% ../nbs/05_saliency.ipynb #68e93b41
+# %% ../nbs/05_saliency.ipynb #804509e4
 def sanity_check(model, batches,           # as `explain` takes them
                  patients,                 # (N,) of the images in `batches.rows`
                  explain=grad_cam,         # (model, batches) -> (N,px,px) maps
@@ -311,6 +311,7 @@ def sanity_check(model, batches,           # as `explain` takes them
         rows.append(dict(randomised=share, metric='spearman', value=r.mean(), lo=lo, hi=hi, n=int(ok.sum()), n_units=len(np.unique(unit[ok]))))
     return pd.DataFrame(rows)
 
+# %% ../nbs/05_saliency.ipynb #49bd60e9
 def sanity_verdict(table:pd.DataFrame, # from `sanity_check`, all weights randomised in one row
                    limit:float=.5) -> str:
     "'passes', 'fails' or 'not shown', and the correlation."
@@ -320,7 +321,7 @@ def sanity_verdict(table:pd.DataFrame, # from `sanity_check`, all weights random
     if r.hi < limit: return f'passes the sanity check: {say}'
     return f'fails the sanity check: {say}' if r.lo > limit else f'not shown: {say}'
 
-# %% ../nbs/05_saliency.ipynb #268dc534
+# %% ../nbs/05_saliency.ipynb #cee55703
 def draw_saliency_scores(ax, table:pd.DataFrame, # from `saliency_table`
                          metric:str='iou', colours=('.55', '#0072B2', '#D55E00')): # of the differences from uniform, prior, exchanged
     "Difference of each map from each baseline, with its interval; right of zero the map wins."
