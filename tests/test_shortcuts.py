@@ -101,7 +101,8 @@ def test_a_model_that_reads_a_corner_is_caught(corner):
     ask = lambda changes: [S.occluded_predictions(Corner(corner), Batches(x, rows, y, 40), table(160, label=y), changes, fold=f) for f,rows in enumerate(np.split(np.arange(160), 2))]
     o = S.occlusion_table(ask(S.occlusions(lungs)), 300).set_index('test'); m = S.marker_table(ask(S.markers(lungs)), 300).set_index('test')
     assert o.value['image'] > .9 and o.value['constant'] == .5
-    assert set(o.verdict[list(S.WITHOUT_LUNGS)]) == ({'found'} if corner else {'not found'})
+    said = set(o.verdict[list(S.WITHOUT_LUNGS)])
+    assert said == {'found'} if corner else 'found' not in said # silent: ruled out, or too few patients to say
     assert m.verdict['marker bottom right'] == ('found' if corner else 'not found') and m.verdict['marker top left'] == 'not found'
     assert (m.value['corners minus background'] > 0) == corner and m.value['decisions changed, top left'] == 0
 
