@@ -8,7 +8,7 @@ __all__ = ['SPAN', 'Corruption', 'CORRUPTIONS', 'Tested', 'MARGIN', 'REASON', 'r
            'tolerance', 'planted_images', 'Reader', 'external_cohort', 'average_models', 'external_drop',
            'drop_verdict', 'external_evaluation', 'draw_robustness']
 
-# %% ../nbs/05_robustness.ipynb #3eb46234
+# %% ../nbs/05_robustness.ipynb #7ea8bbd9
 import math
 from collections import namedtuple
 import cv2
@@ -25,7 +25,7 @@ from .runs import InputError, resolve, show_path, torch_generator
 from .subgroups import METRICS, TOO_FEW, Sample, countable
 from .training import Batches
 
-# %% ../nbs/05_robustness.ipynb #1a6be4b1
+# %% ../nbs/05_robustness.ipynb #fc714fa8
 SPAN = 30 # exposure behind the blackest pixel over that behind the whitest
 
 def row_noise(x, rows, seed:int): # (B,1,H,W); (B,) row numbers in the store
@@ -51,7 +51,7 @@ def turn(x, rows, level, seed):
     c,s = math.cos(math.radians(level)),math.sin(math.radians(level))
     return warp(x, torch.tensor([[c, -s, 0.], [s, c, 0.]], device=x.device).expand(len(x), 2, 3))[0]
 
-# %% ../nbs/05_robustness.ipynb #3fcffe6a
+# %% ../nbs/05_robustness.ipynb #540a8a1d
 def compress(x, ending, options): # image by image: the codecs know no batches
     "Written by a codec and read again."
     def one(a):
@@ -76,7 +76,7 @@ CORRUPTIONS = {
     'JPEG': Corruption((0, 50, 80, 90, 95), '100 - quality', lambda x, rows, level, seed: compress(x, '.jpg', [cv2.IMWRITE_JPEG_QUALITY, 100 - int(level)])),
     'JPEG 2000': Corruption((0, 4, 8, 16, 24), 'n : 1', lambda x, rows, level, seed: compress(x, '.jp2', [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, int(1000/level)]))}
 
-# %% ../nbs/05_robustness.ipynb #7d67f90d
+# %% ../nbs/05_robustness.ipynb #d131cb72
 def corruption(name:str,    # a key of CORRUPTIONS
                level:float, # 0: nothing changes
                seed:int=0
@@ -86,7 +86,7 @@ def corruption(name:str,    # a key of CORRUPTIONS
     if not 0 <= level <= (top := CORRUPTIONS[name].levels[-1]): raise InputError(f'level {level}', field=name, cure=f'give 0 to {top} ({CORRUPTIONS[name].unit})')
     return (lambda x, rows: x) if level == 0 else lambda x, rows: CORRUPTIONS[name].change(x, rows, level, seed)
 
-# %% ../nbs/05_robustness.ipynb #6d8dea55
+# %% ../nbs/05_robustness.ipynb #021d6774
 Tested = namedtuple('Tested', 'model rows fold scores batch_size') # model; its test rows in the store; fold; logits -> logits whose softmax counts; images a batch
 
 def tested_models(runs,                # folders of the finished runs of one row and one seed, one for each fold
@@ -108,7 +108,7 @@ def predict_changed(tested, store, images, # list of `Tested`; the store; the co
     frames = [prediction_rows(images, t.rows, predict(t.model, Batches(store.images, t.rows, images.label.values, t.batch_size, device), t.scores, change), 'test', t.fold) for t in tested]
     return check_predictions(pd.concat(frames, ignore_index=True))
 
-# %% ../nbs/05_robustness.ipynb #577e1d30
+# %% ../nbs/05_robustness.ipynb #556d92a8
 def cost(clean, changed,    # predictions of the same images
          metrics=('auc_macro', 'accuracy'), # names that `metrics.evaluate` knows
          n_boot:int=1000, seed:int=0) -> pd.DataFrame: # metric, value, lo, hi, difference, difference_lo, difference_hi, p, n, n_patients, changed
@@ -129,7 +129,7 @@ def robustness_curve(tested, store, images, corruptions=CORRUPTIONS, # list of `
             out.append(t)
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/05_robustness.ipynb #f75b1a63
+# %% ../nbs/05_robustness.ipynb #fb605a42
 MARGIN = .02 # loss of macro AUC
 
 def tolerance(curves:pd.DataFrame, # from `robustness_curve`
@@ -146,7 +146,7 @@ def tolerance(curves:pd.DataFrame, # from `robustness_curve`
     loss = '' if r is None else f'; at {broken:g} {r.difference:+.3f} ({r.difference_lo:+.3f} to {r.difference_hi:+.3f}), {r.changed:.0%} of decisions changed'
     return dict(corruption=name, tolerated=tolerated, broken=broken, excluded=excluded, verdict=f'{name}: {say}{loss}; a loss of more than {margin:g} is excluded up to {excluded:g}, n = {t.n.iloc[0]}')
 
-# %% ../nbs/05_robustness.ipynb #f5b746cf
+# %% ../nbs/05_robustness.ipynb #34d753db
 def planted_images(n:int=240, seed:int=0): # n patients, one image each
     "Images (n,32,32) uint8 and labels: the class is the quadrant that is brighter, and the quadrant with texture."
     g = np.random.default_rng([seed, n]); y = g.integers(len(CLASSES), size=n)
@@ -164,7 +164,7 @@ class Reader(torch.nn.Module):
         z = F.adaptive_avg_pool2d(x*sign if self.fine else x, 2).flatten(1)
         return 3*(z - z.mean(1, keepdim=True))/(z.std(1, keepdim=True) + 1e-6)
 
-# %% ../nbs/05_robustness.ipynb #cc364551
+# %% ../nbs/05_robustness.ipynb #95bd7858
 def external_cohort(external, internal,       # `cohort.Cohort`: the other hospital; all that the study knows
                     external_hashes=None, internal_hashes=None, # of all images, in order; None: decoded here
                     **search                  # max_distance, workers, progress of `corpora.keep_out`
@@ -183,7 +183,7 @@ def average_models(frames) -> pd.DataFrame: # predictions of the same images by 
     p = np.mean([probabilities(f) for f in frames], 0)
     return frames[0].assign(fold=-1, **dict(zip(LOGITS, np.log(np.maximum(p, 1e-12)).T)))
 
-# %% ../nbs/05_robustness.ipynb #9a4c8a5b
+# %% ../nbs/05_robustness.ipynb #074d887a
 def _auc_samples(frames, classes, n_boot, seed): # mean over models: value, (n_boot,)
     cases = [read_cases(f) for f in frames]
     of = lambda w: np.mean([METRICS['auc_macro'](Sample(c.y, c.p, None, w, classes)) for c in cases], 0)
@@ -207,7 +207,7 @@ def drop_verdict(drop:pd.DataFrame) -> str: # from `external_drop`
     if np.isnan(r.lo): return f'external macro AUC: {TOO_FEW}'
     return f"{'drop found' if r.lo > 0 else 'no drop is shown'}: macro AUC {r.value:+.3f} lower outside ({r.lo:+.3f} to {r.hi:+.3f}), {r.n} images of {r.n_patients} patients"
 
-# %% ../nbs/05_robustness.ipynb #00a98117
+# %% ../nbs/05_robustness.ipynb #189ee140
 def external_evaluation(tested, internal,       # list of `Tested`; predictions of the study's own test images
                         external, store,        # `cohort.Cohort` of the other hospital, its store at the px of the models
                         study_cohort,           # `cohort.Cohort` of everything that the study knows
@@ -223,7 +223,7 @@ def external_evaluation(tested, internal,       # list of `Tested`; predictions 
 
 REASON = {'copy': 'copies', 'mirrored copy': 'mirrored copies', 'related': 'of their patients'} | {k: f'by {k}' for k in ('image', 'study', 'patient', 'group')}
 
-# %% ../nbs/05_robustness.ipynb #730a27d4
+# %% ../nbs/05_robustness.ipynb #9e8e3160
 def draw_robustness(axs,                 # matplotlib axes, one for each change (others are switched off)
                     curves:pd.DataFrame, # from `robustness_curve`
                     metric:str='auc_macro', colour='#0072B2', clean='#E69F00', changed='0.6', margin:float=MARGIN):

@@ -47,10 +47,10 @@ def test_the_rule_at_its_limits():
     r = say(row(1, -.05, -.2, .01)); assert r['tolerated'] == 1 and np.isnan(r['broken']) and r['excluded'] == 0
     assert 'tolerates no level' in say(row(1, -.1, -.2, -.01))['verdict']
 
-def test_texture_is_lost_by_blur_and_brightness_is_not():
+def test_texture_is_lost_with_resolution_and_brightness_is_not():
     px,y = planted_images(120, 1); ids = [f'{i:03}' for i in range(120)]
     images = pd.DataFrame({k: ids for k in ('image', 'study', 'patient', 'group')}).assign(label=y, view='', sex='', age=1., detector='', source='', photometric='', height=32, width=32)
-    right = lambda fine, level: (probabilities(predict_changed([Tested(Reader(fine), np.arange(120), 0, lambda z: z, 50)], SimpleNamespace(images=px), images, corruption('blur', level))).argmax(1) == y).mean()
+    right = lambda fine, level: (probabilities(predict_changed([Tested(Reader(fine), np.arange(120), 0, lambda z: z, 50)], SimpleNamespace(images=px), images, corruption('resolution', level))).argmax(1) == y).mean()
     assert right(True, 0) > .5 and right(True, 2) < right(True, 0) - .1 and right(False, 2) > right(False, 0) - .1
 
 def test_external_drop_and_averages():
