@@ -71,6 +71,10 @@ def _row_shares(c, w): # (B,4,4)
     m = confusion(c.y, c.p.argmax(1), w); n = m.sum(2, keepdims=True)
     return np.divide(m, n, out=np.full(m.shape, np.nan), where=n > 0)
 
+def _share_interval(samples, value, n, level): # n: units; a share of 0 or 1 does not vary from resample to resample: Clopper-Pearson
+    lo,hi,_ = percentile_interval(samples, level); far = 1 - ((1 - level)/2)**(1/n) if n else np.nan
+    return (0., far) if value == 0 else (1 - far, 1.) if value == 1 else (lo, hi)
+
 def _p(samples): # two-sided, of resamples on the other side of 0
     ok = samples[~np.isnan(samples)]
     return np.nan if np.isnan(percentile_interval(samples)[0]) else min(1., 2*(min((ok <= 0).sum(), (ok >= 0).sum()) + 1)/(len(ok) + 1))
@@ -84,8 +88,8 @@ def confusion_shares(frames,             # predictions: one frame per seed, or a
     value,drawn = _drawn(cases, _row_shares, n_boot, seed); readers = readers_matrix()
     rows = []
     for i,j in np.ndindex(value.shape):
-        lo,hi,_ = percentile_interval(drawn[:, i, j], level)
-        rows.append(dict(label=CLASSES[i], called=CLASSES[j], value=value[i, j], lo=lo, hi=hi, readers=readers[i, j], n=int((c.y == i).sum()), n_units=_units(c, c.y == i)))
+        n = _units(c, c.y == i); lo,hi = _share_interval(drawn[:, i, j], value[i, j], n, level)
+        rows.append(dict(label=CLASSES[i], called=CLASSES[j], value=value[i, j], lo=lo, hi=hi, readers=readers[i, j], n=int((c.y == i).sum()), n_units=n))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_difficulty.ipynb #65119cb5
@@ -100,7 +104,9 @@ def against_readers(frames, n_boot:int=1000, seed:int=0, unit:str='group', level
     for name,at in cells.items():
         i,j = np.transpose(at); of = np.isin(c.y, i)
         v,r,d = value[i, j].mean(), readers[i, j].mean(), drawn[:, i, j].mean(1) - readers[i, j].mean()
-        (lo,hi,_),p,least = percentile_interval(d, level), _p(d), min(_units(c, c.y == k) for k in set(i))
+        least,p = min(_units(c, c.y == k) for k in set(i)), _p(d)
+        lo,hi = (x - r for x in _share_interval(d + r, v, least, level))
+        if v in (0, 1): p = min(1., 2*abs(1 - v - r)**least)
         rows.append(dict(cell=name, value=v, readers=r, difference=v - r, lo=lo, hi=hi, p=p, n=int(of.sum()), n_least=least, verdict=verdict(v - r, p, least)))
     return pd.DataFrame(rows)
 
