@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'READERS', 'PAIRS', 'verdict', 'readers_matrix', 'ceilings',
            'label_noise', 'noise_matrix', 'noise_bound', 'doubtful', 'cartography', 'regions', 'hardest',
            'draw_confusions', 'draw_separability', 'draw_cartography', 'draw_gallery']
 
-# %% ../nbs/05_difficulty.ipynb #1c3b1f95
+# %% ../nbs/05_difficulty.ipynb #506c273b
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from .metrics import LOGITS, _aligned, auc, auc_between, check_predictions, conf
 from .comparisons import agreement_ceiling, panel_ceiling
 from .calibration import SHARES, fit_temperature, fit_vector, scale_folds, simulate_run
 
-# %% ../nbs/05_difficulty.ipynb #63160605
+# %% ../nbs/05_difficulty.ipynb #7ce44a6f
 LEAST = 10 # patients of the rarest class below which nothing is claimed
 
 def verdict(difference:float, # its sign gives the direction
@@ -33,7 +33,7 @@ def verdict(difference:float, # its sign gives the direction
     if p >= alpha: return 'not found'
     return 'found' if difference > 0 else 'found, the other way round'
 
-# %% ../nbs/05_difficulty.ipynb #a33e4b86
+# %% ../nbs/05_difficulty.ipynb #8f791a75
 READERS = dict(
     source='RICORD, the same four categories, three readers: they agree pairwise on 59.7 % (kappa 0.447), unanimous 39.6 %; P(another reader says Y | one says X): '
            'indeterminate->atypical .24, typical->indeterminate .30, atypical->indeterminate .33, negative->negative .76',
@@ -47,7 +47,7 @@ def readers_matrix() -> np.ndarray: # (4,4): rows one reader, columns another; N
     for (a,b),v in READERS['given'].items(): m[CLASSES.index(a), CLASSES.index(b)] = v
     return m
 
-# %% ../nbs/05_difficulty.ipynb #60736e10
+# %% ../nbs/05_difficulty.ipynb #ee6fb00d
 def ceilings() -> pd.DataFrame: # metric, value, meaning, caveat
     "What readers' agreement leaves to reach, for lines in figures."
     panel,rows = panel_ceiling(READERS['agreement'], READERS['unanimous']), agreement_ceiling(readers_matrix())
@@ -56,7 +56,7 @@ def ceilings() -> pd.DataFrame: # metric, value, meaning, caveat
     out += [(f'recall_{c}', hi, 'one reader imitated' if lo == hi else 'one reader imitated, at most') for c,lo,hi in zip(CLASSES, rows['recall_lo'], rows['recall_hi'])]
     return pd.DataFrame(out, columns=['metric', 'value', 'meaning']).assign(caveat=READERS['caveat'])
 
-# %% ../nbs/05_difficulty.ipynb #6c4b76cb
+# %% ../nbs/05_difficulty.ipynb #f7dcbe40
 def _cases(frames, unit, leaky): return _aligned([frames] if isinstance(frames, pd.DataFrame) else list(frames), unit, leaky)
 
 def _units(c, of) -> int: # units that have an image among `of`
@@ -71,11 +71,15 @@ def _row_shares(c, w): # (B,4,4)
     m = confusion(c.y, c.p.argmax(1), w); n = m.sum(2, keepdims=True)
     return np.divide(m, n, out=np.full(m.shape, np.nan), where=n > 0)
 
+def _share_interval(samples, value, n, level): # n: units; a share of 0 or 1 does not vary from resample to resample: Clopper-Pearson
+    lo,hi,_ = percentile_interval(samples, level); far = 1 - ((1 - level)/2)**(1/n) if n else np.nan
+    return (0., far) if value == 0 else (1 - far, 1.) if value == 1 else (lo, hi)
+
 def _p(samples): # two-sided, of resamples on the other side of 0
     ok = samples[~np.isnan(samples)]
     return np.nan if np.isnan(percentile_interval(samples)[0]) else min(1., 2*(min((ok <= 0).sum(), (ok >= 0).sum()) + 1)/(len(ok) + 1))
 
-# %% ../nbs/05_difficulty.ipynb #5fd4146c
+# %% ../nbs/05_difficulty.ipynb #d7738c0b
 def confusion_shares(frames,             # predictions: one frame per seed, or a frame
                      n_boot:int=1000, seed:int=0, unit:str='group', level:float=.95, leaky:bool=False
                     ) -> pd.DataFrame:   # label, called, value, lo, hi, readers, n, n_units: 16 rows
@@ -84,11 +88,11 @@ def confusion_shares(frames,             # predictions: one frame per seed, or a
     value,drawn = _drawn(cases, _row_shares, n_boot, seed); readers = readers_matrix()
     rows = []
     for i,j in np.ndindex(value.shape):
-        lo,hi,_ = percentile_interval(drawn[:, i, j], level)
-        rows.append(dict(label=CLASSES[i], called=CLASSES[j], value=value[i, j], lo=lo, hi=hi, readers=readers[i, j], n=int((c.y == i).sum()), n_units=_units(c, c.y == i)))
+        n = _units(c, c.y == i); lo,hi = _share_interval(drawn[:, i, j], value[i, j], n, level)
+        rows.append(dict(label=CLASSES[i], called=CLASSES[j], value=value[i, j], lo=lo, hi=hi, readers=readers[i, j], n=int((c.y == i).sum()), n_units=n))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_difficulty.ipynb #1bf3cdc9
+# %% ../nbs/05_difficulty.ipynb #65119cb5
 def against_readers(frames, n_boot:int=1000, seed:int=0, unit:str='group', level:float=.95, leaky:bool=False
                    ) -> pd.DataFrame: # cell, value, readers, difference, lo, hi, p, n, n_least, verdict; the last row is the one to judge by
     "The model's share minus the readers' in each known cell and in the mean of the known confusions."
@@ -100,11 +104,13 @@ def against_readers(frames, n_boot:int=1000, seed:int=0, unit:str='group', level
     for name,at in cells.items():
         i,j = np.transpose(at); of = np.isin(c.y, i)
         v,r,d = value[i, j].mean(), readers[i, j].mean(), drawn[:, i, j].mean(1) - readers[i, j].mean()
-        (lo,hi,_),p,least = percentile_interval(d, level), _p(d), min(_units(c, c.y == k) for k in set(i))
+        least,p = min(_units(c, c.y == k) for k in set(i)), _p(d)
+        lo,hi = (x - r for x in _share_interval(d + r, v, least, level))
+        if v in (0, 1): p = min(1., 2*abs(1 - v - r)**least)
         rows.append(dict(cell=name, value=v, readers=r, difference=v - r, lo=lo, hi=hi, p=p, n=int(of.sum()), n_least=least, verdict=verdict(v - r, p, least)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_difficulty.ipynb #f41967c0
+# %% ../nbs/05_difficulty.ipynb #b927e053
 PAIRS = [(a, b) for a in range(len(CLASSES)) for b in range(a + 1, len(CLASSES))]
 
 def separations(y, p, w) -> np.ndarray: # (N,), (N,4), (N,B) -> (B,9): negative against the rest, among the three, their difference, the six PAIRS
@@ -128,7 +134,7 @@ def separability(frames, n_boot:int=1000, seed:int=0, unit:str='group', level:fl
         rows.append(dict(task=name, value=value[k], lo=lo, hi=hi, p=p, n=int(np.isin(c.y, list(classes)).sum()), n_least=least, verdict=verdict(value[k], p, least) if name == 'difference' else ''))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_difficulty.ipynb #3fb55bbc
+# %% ../nbs/05_difficulty.ipynb #7268b7a5
 def simulate_labels(n_patients:int=500, seed:int=0,
                     flip:float=0.,        # share of studies with a wrong label (of the studies of the two classes, where `between` is given)
                     between=None,         # two classes that are swapped; None: any other class, evenly
@@ -149,7 +155,7 @@ def simulate_labels(n_patients:int=500, seed:int=0,
     df = df.assign(true=df.label, label=np.where((df.split == 'val') & (validation == 'right'), df.label, df.study.map(written)), **dict(zip(LOGITS, z.T)))
     return df.assign(flipped=df.true != df.label)
 
-# %% ../nbs/05_difficulty.ipynb #69aeb9a7
+# %% ../nbs/05_difficulty.ipynb #1c2c1e08
 def calibrated(df:pd.DataFrame, # predictions of one seed, `val` and `test` rows of its folds
                leaky:bool=False) -> pd.DataFrame: # test rows; as they are where there are no `val` rows
     "Probabilities scaled on each validation fold, then mixed with 1/(n + 2) of its class shares: n images cannot vouch for more."
@@ -167,7 +173,7 @@ def noise_cases(frames, unit:str='group', leaky:bool=False) -> tuple: # images (
     p = np.mean([k.p for k in cases], 0)
     return c.image, c.y, p/p.sum(1, keepdims=True), c.unit
 
-# %% ../nbs/05_difficulty.ipynb #d80a63ea
+# %% ../nbs/05_difficulty.ipynb #0af0dc2c
 def count_flags(labels, p) -> np.ndarray: # (N,B) labels, (N,4) probabilities -> (B,)
     "Number of labels that confident learning doubts, for each column of labels."
     labels = np.asarray(labels); classes = np.arange(p.shape[1])
@@ -184,7 +190,7 @@ def draw_labels(p, unit, n_draws:int, seed:int=0) -> np.ndarray: # (N,4), (N,) -
     u = rng(seed, 'null labels').random((unit.max() + 1, n_draws))[unit]
     return (u[:, :, None] > p.cumsum(1)[:, None, :-1]).sum(2)
 
-# %% ../nbs/05_difficulty.ipynb #176436c1
+# %% ../nbs/05_difficulty.ipynb #05c661d1
 def label_noise(frames, n_draws:int=200, seed:int=0, unit:str='group', level:float=.95, leaky:bool=False,
                 trusted:bool=False # the labels of the `val` rows are better than those of the `test` rows
                ) -> pd.Series: # flagged, expected, lo, hi, excess (shares), estimate, p, n, n_units, n_least, verdict
@@ -207,7 +213,7 @@ def noise_matrix(frames, n_draws:int=20, seed:int=0, unit:str='group', leaky:boo
     value,null = rows(y), np.mean([rows(l) for l in draw_labels(p, of, n_draws, seed).T], 0)
     return pd.DataFrame([dict(label=CLASSES[i], true=CLASSES[j], value=value[i, j], expected=null[i, j], n=int((y == i).sum())) for i,j in np.ndindex(4, 4)])
 
-# %% ../nbs/05_difficulty.ipynb #0d416456
+# %% ../nbs/05_difficulty.ipynb #b4926b9c
 def noise_bound(frames, top:int=50, unit:str='group', level:float=.95, leaky:bool=False) -> pd.DataFrame: # label, value, hi, n
     "Upper bound on the share of class k that is written as another class: the other labels among the `top` patients with the surest images of k, and its one-sided limit (Clopper-Pearson)."
     image,y,p,of = noise_cases(frames, unit, leaky); rows = []
@@ -225,7 +231,7 @@ def doubtful(frames, k:int=20, unit:str='group', leaky:bool=False) -> pd.DataFra
     order = np.lexsort((p[i, y] - other.max(1), ~flags))[:k]
     return pd.DataFrame(dict(image=image, label=np.array(CLASSES)[y], suggested=np.array(CLASSES)[best], p_label=p[i, y], p_suggested=p[i, best], flagged=flags)).iloc[order].reset_index(drop=True)
 
-# %% ../nbs/05_difficulty.ipynb #e9e571a0
+# %% ../nbs/05_difficulty.ipynb #5dce7954
 def cartography(frames # dynamics: one frame per run with image, label, epoch_0, epoch_1, ...; or one frame
                ) -> pd.DataFrame: # image, label, confidence, variability, correct_lo, correct_hi, n_runs, region
     "Mean and spread of the probability of its label over epochs, each averaged over the runs that trained on the image."
@@ -248,7 +254,7 @@ def regions(confidence, variability) -> np.ndarray: # (N,), (N,) -> (N,) 'easy',
     hard = confidence < np.quantile(confidence, 1/3); rest = variability[~hard]
     return np.where(hard, 'hard', np.where(variability > (np.median(rest) if len(rest) else 0), 'ambiguous', 'easy'))
 
-# %% ../nbs/05_difficulty.ipynb #1fda1780
+# %% ../nbs/05_difficulty.ipynb #71e3ff38
 def hardest(frames, k:int=4, unit:str='group', leaky:bool=False) -> pd.DataFrame: # image, label, called, p_label, p_called, loss, n_seeds, n: k rows for each class
     "The `k` images of each class with the highest loss, averaged over seeds, one per patient."
     cases = _cases(frames, unit, leaky); c = cases[0]; i,name = np.arange(len(c.y)), np.array(CLASSES)
@@ -257,7 +263,7 @@ def hardest(frames, k:int=4, unit:str='group', leaky:bool=False) -> pd.DataFrame
     t = t.sort_values(['y', 'loss'], ascending=[True, False], kind='stable').drop_duplicates(['y', 'unit'])
     return t.groupby('y').head(k).drop(columns=['unit', 'y']).reset_index(drop=True)
 
-# %% ../nbs/05_difficulty.ipynb #71964eab
+# %% ../nbs/05_difficulty.ipynb #e848677a
 def draw_confusions(axs,              # two axes: the model, the readers
                     t:pd.DataFrame):  # from `confusion_shares`
     "The model's confusions with intervals, and the readers' where known; hatched: not known."
@@ -274,7 +280,7 @@ def draw_confusions(axs,              # two axes: the model, the readers
     axs[0].set(yticklabels=[f'{c}\n(n = {n[c]})' for c in CLASSES], xlabel='called by the model', ylabel='label')
     axs[1].set(yticklabels=CLASSES, xlabel='another reader says', ylabel='one reader says')
 
-# %% ../nbs/05_difficulty.ipynb #b5610635
+# %% ../nbs/05_difficulty.ipynb #42a4a09b
 def draw_separability(ax, t:pd.DataFrame, colour='0.2'): # from `separability`
     "AUC of each task with its interval; the difference is in the table."
     t = t[t.task != 'difference'].iloc[::-1]
@@ -291,7 +297,7 @@ def draw_cartography(ax,
     ax.axhline(np.quantile(t.confidence, 1/3), color='.6', lw=.8, ls='--')
     ax.set(xlabel='variability (sd of the probability of the label)', ylabel='confidence (its mean over epochs)', ylim=(0, 1), xlim=(0, None))
 
-# %% ../nbs/05_difficulty.ipynb #8307cb11
+# %% ../nbs/05_difficulty.ipynb #6d280790
 def draw_gallery(axs,              # one axis for each row of the table
                  t:pd.DataFrame,   # from `hardest`
                  images,           # (len(t),px,px) pixels of these rows, in their order

@@ -52,6 +52,13 @@ def test_the_difference_to_the_readers_is_a_plain_loop_over_patients():
     assert got.p == pytest.approx(min(1, 2*(min((np.array(d) <= 0).sum(), (np.array(d) >= 0).sum()) + 1)/(np.isfinite(d).sum() + 1)))
 
 
+def test_a_share_of_none_has_an_interval():
+    d = simulate_predictions(100, 0, images=1., shares=[.25]*4); d = d.assign(**dict(zip(LOGITS, 3*np.eye(4)[d.label].T))); n = (d.label == 1).sum()
+    t,r = confusion_shares(d, 30).iloc[6], against_readers(d, 30).iloc[1]
+    assert t.value == t.lo == 0 and (1 - t.hi)**n == pytest.approx(.025) and r.hi - r.lo == pytest.approx(t.hi)
+    assert r.p == pytest.approx(2*.7**n) and confusion_shares(d, 30).iloc[0].hi == 1 > confusion_shares(d, 30).iloc[0].lo
+
+
 def test_validation_rows_are_never_counted():
     a = simulate_predictions(60, 0).assign(fold=0); v = simulate_predictions(50, 1).assign(fold=0, split='val'); v[['image', 'study', 'patient', 'group']] += 'v'
     both = pd.concat([a, v])
