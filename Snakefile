@@ -2,7 +2,7 @@
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
 import shlex
 from cxrpaper.runs import code_modules
-from cxrpaper.study import grid, papermill_yaml, pretraining_runs, read_study
+from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
 study = read_study(config.get('study', 'config/smoke.yaml'))
 profile = study['profile']
@@ -12,7 +12,9 @@ DATA = {k: study[k] for k in ('data_root', 'adapter')}
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
 PRETRAINING = dict(moco='nbs/03_moco.ipynb', inpainting='nbs/03_inpainting.ipynb')
-OTHER_PHANTOM = [f'{RUNS}/pretraining_phantom.ipynb'] if PRETRAINED and study['pretraining']['phantom'] is not None else []
+EVALUATED = evaluated_rows(study) # the first of them in depth
+PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining'], external=EVALUATED and study['readiness']['external']).items() if v and v['phantom'] is not None} # further ones
+def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []
 PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
 
@@ -21,7 +23,7 @@ def code(module): return [f'cxrpaper/{m}.py' for m in code_modules(module)] # it
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
 rule all:
-    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb', [f'{RUNS}/representations.ipynb'] if PRETRAINED else []
+    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb', [f'{RUNS}/representations.ipynb'] if PRETRAINED else [], [f'{RUNS}/reports.ipynb'] if EVALUATED else []
 
 if PHANTOM:
     rule phantom:
@@ -54,16 +56,17 @@ rule floors:
     log: f'{RUNS}/logs/floors.log'
     shell: PAPERMILL
 
-if OTHER_PHANTOM:
-    rule pretraining_phantom:
+if PHANTOMS:
+    rule further_phantom:
         input: nb='nbs/00_phantom.ipynb', code=code('phantom')
-        output: f'{RUNS}/pretraining_phantom.ipynb'
-        params: y=yaml_for(**study['pretraining']['phantom'], out=study['pretraining']['data_root'])
-        log: f'{RUNS}/logs/pretraining_phantom.log'
+        output: f'{RUNS}/{{which}}_phantom.ipynb'
+        wildcard_constraints: which='|'.join(PHANTOMS)
+        params: y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
+        log: f'{RUNS}/logs/{{which}}_phantom.log'
         shell: PAPERMILL
 
 rule pretrain:
-    input: nb=lambda w: PRETRAINING[w.method], data=[f'{RUNS}/store.ipynb'] + OTHER_PHANTOM,
+    input: nb=lambda w: PRETRAINING[w.method], data=[f'{RUNS}/store.ipynb'] + made('pretraining'),
            code=lambda w: code(w.method)
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
     wildcard_constraints: method='|'.join(PRETRAINING)
@@ -109,4 +112,36 @@ if PRETRAINED:
         output: f'{RUNS}/representations.ipynb'
         params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/representations.log'
+        shell: PAPERMILL
+
+if EVALUATED:
+    rule readiness:
+        input: nb='nbs/05_readiness.ipynb', code=code('readiness'), study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', external=made('external'),
+               models=[f'{m}/04_finetune.ipynb' for row in [*EVALUATED, *leaking_rows(study).values()] for m in row_runs(study, row)]
+        output: f'{RUNS}/readiness.ipynb'
+        params: y=lambda w, input: yaml_for(study=input.study, missing='error')
+        log: f'{RUNS}/logs/readiness.log'
+        threads: study['threads']
+        resources: gpus=study['gpus']
+        shell: PAPERMILL
+
+    rule scorecard:
+        input: nb='nbs/06_scorecard.ipynb', code=code('scorecard'), study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/readiness.ipynb'
+        output: f'{RUNS}/scorecard.ipynb'
+        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        log: f'{RUNS}/logs/scorecard.log'
+        shell: PAPERMILL
+
+    rule evaluation:
+        input: nb='nbs/07_evaluation.ipynb', code=code('evaluation'), study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/readiness.ipynb'
+        output: f'{RUNS}/evaluation.ipynb'
+        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        log: f'{RUNS}/logs/evaluation.log'
+        shell: PAPERMILL
+
+    rule reports: # last, since what they point at must be there
+        input: nb='nbs/06_reports.ipynb', code=code('reports'), study=config.get('study', 'config/smoke.yaml'), data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
+        output: f'{RUNS}/reports.ipynb'
+        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        log: f'{RUNS}/logs/reports.log'
         shell: PAPERMILL

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'PRETRAINED', 'write_figure', 'examples', 'draw_radiograph_with_boxes', 'figure_examples',
-           'figure_curves', 'figure_confusion', 'successes_and_failures', 'draw_prediction', 'figure_masks',
-           'weight_sweep', 'figure_sweep', 'figure_labels', 'leading']
+           'figure_curves', 'successes_and_failures', 'draw_prediction', 'figure_masks', 'weight_sweep', 'figure_sweep',
+           'figure_labels', 'leading']
 
 # %% ../nbs/07_figures.ipynb #eee98637
 import matplotlib as mpl, matplotlib.pyplot as plt
@@ -40,7 +40,7 @@ def write_figure(name:str,    # file name without ending
     "Write a figure as svg and png, without dates, with its json of provenance."
     out = resolve(out)
     with mpl.rc_context(STYLE):
-        fig.canvas.draw(); fig.set_layout_engine('none') # laid out once: another draw would move things a little
+        fig.draw_without_rendering(); fig.set_layout_engine('none') # laid out once: another draw would move things a little
         for ending,meta in (('svg', {'Date': None}), ('png', {'Software': None})):
             with atomic(out/f'{name}.{ending}') as tmp: fig.savefig(tmp, format=ending, metadata=meta)
     sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, code='figures', **more)
@@ -98,26 +98,6 @@ def figure_curves(df:pd.DataFrame, # pooled test predictions of one seed
         axs[0].set(xlabel='false positive rate', ylabel='true positive rate', title='ROC: area (95 % interval)')
         axs[1].set(xlabel='recall', ylabel='precision', title='Precision-recall: average precision (95 % interval)')
         for ax in axs: ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect='equal'); ax.legend(loc='upper center', bbox_to_anchor=(.5, -.15))
-        plt.close(fig)
-    return fig
-
-# %% ../nbs/07_figures.ipynb #0ce89202
-def figure_confusion(frames:dict, # title -> pooled test predictions of one seed
-                     n_boot=2000, seed=0):
-    "Figure 5: a confusion matrix per model, rows normalised."
-    with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(1, len(frames), figsize=(7*min(1, len(frames)/2), 3.4), squeeze=False, sharey=True)
-        for ax,(title,df) in zip(axs[0], frames.items()):
-            counts = confusion(df.label.values, probabilities(df).argmax(1), np.ones((len(df), 1)))[0]
-            share,recall = counts/counts.sum(1, keepdims=True), bootstrap(df, n_boot, seed).set_index('metric')
-            im = ax.imshow(share, cmap='Greys', vmin=0, vmax=1)
-            for i in range(len(CLASSES)):
-                for j in range(len(CLASSES)):
-                    extra = f"\n{recall.lo[f'recall_{CLASSES[i]}']:.2f} to {recall.hi[f'recall_{CLASSES[i]}']:.2f}" if i == j else ''
-                    ax.text(j, i, f'{share[i,j]:.2f}\nn = {counts[i,j]:.0f}{extra}', ha='center', va='center', fontsize=5.5, color='white' if share[i,j] > .55 else 'black')
-            ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES, yticklabels=[f'{c}\n(n = {counts[i].sum():.0f})' for i,c in enumerate(CLASSES)], xlabel='predicted', title=title)
-            ax.tick_params(axis='x', rotation=20); ax.spines[:].set(visible=True, color='0.7', lw=.5)
-        axs[0][0].set_ylabel('label'); fig.colorbar(im, ax=axs[0].tolist(), shrink=.8, label='share of the label')
         plt.close(fig)
     return fig
 
@@ -211,8 +191,8 @@ def figure_labels(long:pd.DataFrame # from `tables.label_evaluations`: row, labe
     return fig
 
 # %% ../nbs/07_figures.ipynb #ce091e59
-def leading(study, k=2) -> list: # [(title, row, frames)]
-    "The `k` rows of Table 2 with the highest macro AUC."
+def leading(study) -> tuple: # title, row, frames
+    "The row of Table 2 with the highest macro AUC."
     rows = [(f"{r['arch']}, {r['pretrain']}", r, row_frames(study, r)) for r in study['table2']]
     score = lambda t: np.mean([bootstrap(f, 100, metrics=['auc_macro']).value[0] for f in t[2]])
-    return sorted(rows, key=score, reverse=True)[:k]
+    return max(rows, key=score)

@@ -21,7 +21,7 @@ from .cohort import CLASSES, Cohort
 from .corpora import held_out_rows, keep_out, kept_out_counts, pretraining_corpus
 from .finetune import LOSSES, load_model, predict, prediction_rows
 from .metrics import LOGITS, bootstrap_difference, check_predictions, evaluate, percentile_interval, probabilities, read_cases, resampled_units
-from .runs import InputError, resolve, show_path, torch_generator
+from .runs import InputError, resolve, rng, show_path, torch_generator
 from .subgroups import METRICS, TOO_FEW, Sample, countable
 from .training import Batches
 
@@ -149,7 +149,7 @@ def tolerance(curves:pd.DataFrame, # from `robustness_curve`
 # %% ../nbs/05_robustness.ipynb #34d753db
 def planted_images(n:int=240, seed:int=0): # n patients, one image each
     "Images (n,32,32) uint8 and labels: the class is the quadrant that is brighter, and the quadrant with texture."
-    g = np.random.default_rng([seed, n]); y = g.integers(len(CLASSES), size=n)
+    g = rng(seed, 'planted images', n); y = g.integers(len(CLASSES), size=n)
     quadrant = np.kron(np.array([[0, 1], [2, 3]]), np.ones((16, 16), int))[None] == y[:, None, None]
     fine = (-1.)**np.add.outer(np.arange(32), np.arange(32))
     x = .5 + np.where(quadrant, g.normal(.05, .04, n)[:, None, None], 0) + np.where(quadrant, g.normal(.1, .06, n)[:, None, None], .04)*fine + g.normal(0, .06, (n, 32, 32))
@@ -238,6 +238,7 @@ def draw_robustness(axs,                 # matplotlib axes, one for each change 
         ax.fill_between(at, d.lo, d.hi, color=colour, alpha=.15, lw=0); ax.axhline(d.value.iloc[0], color=clean, ls=':', lw=1)
         ax.plot(at, d.value, color=colour)
         for style,m in (('o', ~broken), ('o', broken)): ax.plot(at[m], d.value[m], style, color=colour, ms=4, mfc='white' if m is broken else colour)
-        twin = ax.twinx(); twin.plot(at, d.changed, color=changed, lw=1, ls='--'); twin.set(ylim=(0, 1), yticks=[0, .5, 1]); twin.tick_params(colors=changed, labelsize=6)
+        twin = ax.twinx(); twin.plot(at, d.changed, color=changed, lw=1, ls='--'); twin.set(ylim=(0, 1), yticks=[0, .5, 1]); twin.tick_params(colors=changed, labelsize=6); last = ax.get_subplotspec() is None or ax.get_subplotspec().is_last_col() or k == names[-1]
+        twin.set_ylabel('decisions changed' if last else '', color=changed, fontsize=6); twin.tick_params(labelright=last)
         ax.set_xticks(at, [f'{l:g}' for l in d.level]); ax.set(title=f'{k}, n = {d.n.iloc[0]}', xlabel=d.unit.iloc[0], ylim=(lo, 1))
-        if ax.get_subplotspec() is None or ax.get_subplotspec().is_first_col(): ax.set_ylabel(metric.replace('_', ' '))
+        if ax.get_subplotspec() is None or ax.get_subplotspec().is_first_col(): ax.set_ylabel(metric.replace('auc_macro', 'macro AUC').replace('_', ' '))

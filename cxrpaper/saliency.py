@@ -328,6 +328,6 @@ def draw_saliency_scores(ax, table:pd.DataFrame, # from `saliency_table`
     t = table[table.metric == metric]; names = list(t['map'].unique())
     for j,(than,colour) in enumerate(zip(('uniform', 'prior', 'exchanged'), colours)):
         r = t[t.than == than]; y = np.array([names.index(k) for k in r['map']]) + .2*(j - 1)
-        ax.errorbar(r.difference, y, xerr=[r.difference - r.difference_lo, r.difference_hi - r.difference], fmt='os^'[j], ms=4, lw=1.2, capsize=2, color=colour, label=f'than {than}')
+        ax.errorbar(r.difference, y, xerr=[r.difference - r.difference_lo, r.difference_hi - r.difference], fmt='os^'[j], ms=4, lw=1.2, capsize=2, color=colour, label=f'minus {than}')
     ax.axvline(0, color='.8', lw=.8, zorder=0)
-    ax.set(yticks=range(len(names)), xlabel=f'difference of {metric}'); ax.set_yticklabels([f'{k}\n{t[t["map"] == k].n_units.iloc[0]} patients' for k in names]); ax.invert_yaxis()
+    ax.set(yticks=range(len(names)), xlabel=f'difference of {dict(iou="IoU").get(metric, metric)}, 95 % interval'); ax.set_yticklabels([f'{k}\n{t[t["map"] == k].n_units.iloc[0]} patients' for k in names]); ax.invert_yaxis()

@@ -242,10 +242,10 @@ def markers(lungs,            # (N,h,w) bool from `lung_fields`, for all rows of
     return {f'{v} {h}': corner(v == 'bottom', h == 'right') for v in ('top', 'bottom') for h in ('left', 'right')} | dict(background=background)
 
 def _free_place(lungs, n, k, g): # top, left of a k x k block away from the corners that overlaps the lungs least
-    taken = cv2.resize(lungs, (n, n), interpolation=cv2.INTER_NEAREST)
+    taken = cv2.resize(lungs, (n, n), interpolation=cv2.INTER_NEAREST).astype(np.float32)
     for r in (slice(0, 2*k), slice(n - 2*k, n)):
         for c in (slice(0, 2*k), slice(n - 2*k, n)): taken[r, c] = k*k
-    total = cv2.boxFilter(taken.astype(np.float32), -1, (k, k), anchor=(0, 0), normalize=False, borderType=cv2.BORDER_CONSTANT)[:n - k + 1, :n - k + 1]
+    total = cv2.boxFilter(taken, -1, (k, k), anchor=(0, 0), normalize=False, borderType=cv2.BORDER_CONSTANT)[:n - k + 1, :n - k + 1]
     places = np.argwhere(total <= total.min())
     return places[g.integers(len(places))]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'AGES', 'BY', 'Sample', 'METRICS', 'LEAST', 'TOO_FEW', 'simulate_subgroups', 'age_bands', 'subgroup_rows',
-           'standardise', 'countable', 'enough', 'subgroup_metrics', 'chance_error', 'subgroup_gaps', 'gap_verdict',
+           'standardise', 'countable', 'enough', 'chance_error', 'subgroup_metrics', 'subgroup_gaps', 'gap_verdict',
            'planted_gaps', 'draw_forest']
 
 # %% ../nbs/05_subgroups.ipynb #cc92807c
@@ -12,6 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.special import expit, logit
 from .cohort import CLASSES
 from .decisions import decision_rows, fold_pairs, outcome, threshold_at
 from .metrics import LOGITS, auc, holm, percentile_interval, probabilities, resampled_units, simulate_predictions
@@ -126,12 +127,36 @@ def _wanted(df, metrics): # those that can be computed; InputError for a name th
 
 def _levels(df, by): return [(a, l, (df[a] == l).to_numpy()) for a in by for l in sorted(df[a].unique(), key=lambda l: (l == 'unknown', not l.startswith('<'), l.startswith('>'), l))]
 
+# %% ../nbs/05_subgroups.ipynb #dd6dd294
+def chance_error(metric:str, value, # without _standard; of all patients: one AUC per class for auc_macro, else one number
+                 numbers            # of the group: (with, without) patients for each AUC, else [patients]
+                ) -> float:
+    "Standard error of a group of independent patients if its true value were that of all; 0 for calibration."
+    if metric == 'calibration': return 0.
+    if not metric.startswith('auc'): return float(np.sqrt(value*(1 - value)/numbers[0]))
+    a,(m,n) = np.atleast_1d(value),np.array(numbers, float).T
+    q1,q2 = a/(2 - a),2*a**2/(1 + a)
+    return float(np.sqrt(((a*(1 - a) + (m - 1)*(q1 - a**2) + (n - 1)*(q2 - a**2))/(m*n)).sum())/len(a))
+
+def _floor(metric, d, i, classes): # `chance_error` of the rows i
+    m,y,u = metric.removesuffix('_standard'),d['y'],d['unit']
+    every = Sample(y, d['p'], d['called'], np.ones((len(y), 1)), classes)
+    value = [auc(y == k, d['p'][:,k], every.w)[0] for k in classes] if m == 'auc_macro' else METRICS[m](every)[0]
+    return chance_error(m, value, _numbers(m, y[i], u[i], classes))
+
 # %% ../nbs/05_subgroups.ipynb #455996d2
+def _ends(metric, value, samples, floor, level): # (n_boot,); from `_floor` -> lo, hi
+    if np.isnan(percentile_interval(samples)[0]): return np.nan, np.nan
+    half = stats.norm.ppf((1 + level)/2)*max(np.nanstd(samples, ddof=1), floor)
+    if metric == 'calibration': return value - half, value + half
+    v = np.clip(value, .01, .99); half /= v*(1 - v) # on the logit scale, where no end leaves (0, 1)
+    return min(float(expit(logit(v) - half)), value), max(float(expit(logit(v) + half)), value)
+
 def subgroup_metrics(frames,          # predictions, a frame or one per fold (of one seed), with the columns of `by`
                      by=BY, metrics=None, # keys of METRICS, with or without _standard; None: all of them, the first and the third also standardised
                      least:int=LEAST, n_boot:int=2000, seed:int=0, unit:str='group', level:float=.95, leaky:bool=False
                     ) -> pd.DataFrame: # attribute, group, metric, value, lo, hi, overall (all images, the same classes), classes, n, n_patients, n_<class>, note
-    "Every metric of every group with its patient-bootstrap interval; first all images together."
+    "Every metric of every group with its interval; first all images together."
     df = subgroup_rows(frames, by, leaky=leaky); d = _arrays(df, unit); everyone = np.ones((len(df), 1))
     rows,cases = [],[]
     for a,l,m in [('all', 'all', np.ones(len(df), bool)), *_levels(df, by)]:
@@ -148,29 +173,12 @@ def subgroup_metrics(frames,          # predictions, a frame or one per fold (of
         w = q[d['unit']]
         for out,c in zip(drawn, cases):
             if c: out.append(c[1](c[0], w))
-    ends = [percentile_interval(np.concatenate(s), level)[:2] if s else (np.nan, np.nan) for s in drawn]
+    ends = [_ends(r['metric'], r['value'], np.concatenate(s), _floor(r['metric'], d, c[0], countable(d['y'][c[0]], d['unit'][c[0]], least)), level) if s else (np.nan, np.nan) for r,s,c in zip(rows, drawn, cases)]
     first = ['attribute', 'group', 'metric', 'value', 'lo', 'hi', 'overall']
     t = pd.DataFrame(rows).assign(lo=[e[0] for e in ends], hi=[e[1] for e in ends])
     return t[[*first, *(c for c in t if c not in first)]]
 
-# %% ../nbs/05_subgroups.ipynb #dd6dd294
-def chance_error(metric:str, value, # without _standard; of all patients: one AUC per class for auc_macro, else one number
-                 numbers            # of the group: (with, without) patients for each AUC, else [patients]
-                ) -> float:
-    "Standard error of a group of independent patients if its true value were that of all; 0 for calibration."
-    if metric == 'calibration': return 0.
-    if not metric.startswith('auc'): return float(np.sqrt(value*(1 - value)/numbers[0]))
-    a,(m,n) = np.atleast_1d(value),np.array(numbers, float).T
-    q1,q2 = a/(2 - a),2*a**2/(1 + a)
-    return float(np.sqrt(((a*(1 - a) + (m - 1)*(q1 - a**2) + (n - 1)*(q2 - a**2))/(m*n)).sum())/len(a))
-
 # %% ../nbs/05_subgroups.ipynb #d3c1ea49
-def _floor(metric, d, i, classes): # `chance_error` of the rows i
-    m,y,u = metric.removesuffix('_standard'),d['y'],d['unit']
-    every = Sample(y, d['p'], d['called'], np.ones((len(y), 1)), classes)
-    value = [auc(y == k, d['p'][:,k], every.w)[0] for k in classes] if m == 'auc_macro' else METRICS[m](every)[0]
-    return chance_error(m, value, _numbers(m, y[i], u[i], classes))
-
 def _comparisons(df, by): # attribute, group, rows of it, rows of the others
     for a in by:
         levels = [(l, m) for _,l,m in _levels(df, [a]) if l != 'unknown']

@@ -1,5 +1,5 @@
 "Shortcuts: the verdict rule against its definition, masks against loops, the detectors where a fault is planted and where none is."
-import numpy as np, pandas as pd, pytest, torch
+import cv2, numpy as np, pandas as pd, pytest, torch
 from cxrpaper import shortcuts as S
 from cxrpaper.cohort import assign_folds
 from cxrpaper.metrics import bootstrap, point_metrics, probabilities, simulate_predictions
@@ -144,3 +144,12 @@ def test_lung_fields_on_human_masks():
     x = np.stack([np.rint(squash(cv2.imread(str(REAL/'images'/f'{f.stem}.jpg'), 0)/np.float32(255), 96)*255).astype(np.uint8) for f in masks])
     d = S.dice(S.lung_fields(x), true)
     assert d.mean() > .78 and np.quantile(d, .1) > .65
+
+@pytest.mark.parametrize('px', [64, 160, 512])
+def test_a_marker_in_the_background_fits_at_every_size(px):
+    "It lies within the image, outside the lungs and away from the corners."
+    lungs = np.zeros((2, 64, 64), bool); lungs[:, 20:44, 16:48] = True
+    x = torch.full((2, 1, px, px), .5); marked = (S.markers(lungs)['background'](x, np.arange(2)) != x)[:, 0].numpy()
+    c,fields = px//8,np.stack([cv2.resize(m.astype(np.uint8), (px, px), interpolation=cv2.INTER_NEAREST) for m in lungs]) > 0
+    assert marked.any((1, 2)).all() and not (marked & fields).any()
+    assert not any(marked[:, r, q].any() for r in (slice(0, c), slice(-c, None)) for q in (slice(0, c), slice(-c, None)))

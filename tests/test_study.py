@@ -9,7 +9,8 @@ SINGLE = dict(arch='resnet10t', pretrain='none')
 STUDY = dict(name='smoke', profile='smoke', phantom=None, data_root='data/tiny', adapter='siim', figures='figures', px=64, n_folds=3, folds=[0, 1], seeds=[0], threads=1, gpus=0,
              finetune=dict(epochs=1, batch_size=8), table2=[SINGLE], table3=[SINGLE, SINGLE | dict(multitask=True)],
              pretraining=dict(phantom=dict(n_patients=40, px=96, seed=4), data_root=None, adapter='siim'), moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32), inpainting=dict(epochs=1, pretrain='none', batch_size=8),
-             table4=[SINGLE, SINGLE | dict(pretrain='moco')], table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[.5], draws=[0]))
+             table4=[SINGLE, SINGLE | dict(pretrain='moco')], table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[.5], draws=[0]),
+             readiness=dict(rows=[SINGLE, SINGLE | dict(multitask=True)], splits=['image'], external=dict(phantom=dict(n_patients=30, px=96, seed=5), data_root=None, adapter='siim')))
 
 def clone(to, like=None):
     "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
@@ -40,7 +41,7 @@ def whole(tmp_path_factory):
     return root
 
 def test_every_table_and_figure_is_there(whole):
-    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3', 'table4', 'table6') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in (2, 3, 4, 5, 6, 8, 9, 13, 14) for e in ('svg', 'png', 'json')}
+    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in range(2, 17) for e in ('svg', 'png', 'json')} | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
     assert set(results(whole)) == names
     t = pd.read_csv(whole/'figures'/'table2.csv')
     assert {'row', 'metric', 'value', 'lo', 'hi', 'n', 'n_units', 'n_seeds', 'runs'} <= set(t)
