@@ -6,7 +6,7 @@
 __all__ = ['CLAIM', 'TRIPOD', 'MODEL_CARD', 'DATASHEET', 'REPORTS', 'one', 'gather', 'source_of', 'pointers', 'leads_nowhere',
            'filled', 'write_report', 'checklist']
 
-# %% ../nbs/06_reports.ipynb #2cffc08e
+# %% ../nbs/06_reports.ipynb #552ff5ae
 import re
 from pathlib import Path
 import pandas as pd
@@ -16,7 +16,7 @@ from .runs import InputError, atomic, load_run, project_root, resolve
 from .study import evaluated_rows, pretrain_title, read_study, row_runs
 from .tables import cell, is_phantom, sidecar, stamp
 
-# %% ../nbs/06_reports.ipynb #375dea52
+# %% ../nbs/06_reports.ipynb #65504492
 def one(parts, table, value='value', **where) -> str:
     "One number of the evaluation with its interval, or why there is none."
     if table not in parts: return 'not done'
@@ -40,13 +40,13 @@ def gather(study:dict, parts:dict) -> dict: # tables of `read_parts` -> name: te
                 who='procedural phantoms, not patients' if phantom else 'patients', auc=one(parts, 'performance', metric='auc_macro'), ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top'), sensitivity=one(parts, 'operating', target='any', form='validation', metric='sensitivity'),
                 specificity=one(parts, 'operating', target='any', form='validation', metric='specificity'), external=one(parts, 'external', name='external'), smallest=one(parts, 'power', 'smallest'))
 
-# %% ../nbs/06_reports.ipynb #1202d118
+# %% ../nbs/06_reports.ipynb #065248dd
 CLAIM = [ # (item, answer)
     ('title names the methodology', 'README: deep learning, multi-class image classification'),
     ('summary', 'README'),
     ('background and intended use', 'README, model_card'),
     ('objectives and hypotheses', 'README; rules stand before numbers in 06_tables and 05_readiness'),
-    ('prospective or retrospective', 'retrospective, public data ({who})'),
+    ('prospective or retrospective', 'retrospective ({who})'),
     ('goal of the study', 'comparison of training methods and critical evaluation; no product'),
     ('data sources', 'datasheet, 01_cohort: cohort {cohort}, {images} images'),
     ('eligibility', '01_cohort: the organisers\' rule; which patients were imaged is decided by the sources and not known here'),
@@ -56,11 +56,11 @@ CLAIM = [ # (item, answer)
     ('de-identification', 'done by the sources; headers are read for patient, sex, age, view and device only (00_dicom)'),
     ('missing data', '01_cohort: unknown view, sex and age stay unknown; images without a label are not judged'),
     ('reference standard', 'labels of the source (RSNA/STR language for SIIM); datasheet'),
-    ('why this reference standard', 'no better one is public for these images; its limits: 05_difficulty'),
+    ('why this reference standard', 'it is the one that comes with the images; its limits: 05_difficulty'),
     ('annotators', 'not done: the sources name radiologists, their readings are not public one by one'),
     ('annotation tools', 'not done: not known of the sources'),
     ('variability of annotators', '05_comparisons, figure5: pairwise agreement .597 on RICORD, another data set; label noise estimated in 05_difficulty'),
-    ('sample size', 'not planned: all that is public. Smallest difference that could have been shown four times in five: {smallest} macro AUC (05_comparisons)'),
+    ('sample size', 'not planned: all that the cohort holds. Smallest difference that could have been shown four times in five: {smallest} macro AUC (05_comparisons)'),
     ('partitions', '{n_folds} folds, stratified by class; of each model three fifths or more train, one fold selects, one tests (04_finetune)'),
     ('level of disjoint partitions', 'patient, and copies by perceptual hash (01_cohort, table8)'),
     ('the model', '02_models, 02_multitask: {arch}, {parameters} parameters'),
@@ -83,10 +83,10 @@ CLAIM = [ # (item, answer)
     ('implications for practice', 'table7, model_card: not fit to be deployed'),
     ('registration', 'not done'),
     ('protocol', 'not done: no protocol was registered; the study file and the rules in the notebooks stand in the history of the repository'),
-    ('funding', 'none'),
+    ('funding', 'not done: to be stated by whoever publishes the results'),
 ]
 
-# %% ../nbs/06_reports.ipynb #4f43f1b5
+# %% ../nbs/06_reports.ipynb #252212ae
 TRIPOD = [ # (item, what, answer)
     ('1', 'title', 'README'), ('2', 'abstract', 'README'),
     ('3a', 'context and rationale', 'README'), ('3b', 'target population and use', 'model_card: research only'), ('3c', 'known inequalities', 'not done: the sources give sex, age and device at most; gaps that can be measured: figure11'),
@@ -104,8 +104,8 @@ TRIPOD = [ # (item, what, answer)
     ('14', 'fairness', '05_subgroups, figure11'),
     ('15', 'output', 'four probabilities; thresholds by the validation fold (05_decisions)'),
     ('16', 'training and evaluation differ', 'same cohort, other patients; external cohort: {external}'),
-    ('17', 'ethics', 'public, de-identified data; no approval was sought'),
-    ('18a', 'funding', 'none'), ('18b', 'conflicts of interest', 'none known'), ('18c', 'protocol', 'not done'), ('18d', 'registration', 'not done'), ('18e', 'data', 'datasheet: from their sources'), ('18f', 'code', 'this repository, commit {commit}'),
+    ('17', 'ethics', 'not done: to be stated by whoever runs the study; the public corpora are de-identified by their sources'),
+    ('18a', 'funding', 'not done: to be stated by whoever publishes the results'), ('18b', 'conflicts of interest', 'not done: likewise'), ('18c', 'protocol', 'not done'), ('18d', 'registration', 'not done'), ('18e', 'data', 'datasheet: from their sources'), ('18f', 'code', 'this repository, commit {commit}'),
     ('19', 'patients and public', 'not done'),
     ('20a', 'flow of participants', 'table1; not done as a diagram'), ('20b', 'characteristics', 'table1'), ('20c', 'development and evaluation compared', 'table1 by fold'),
     ('21', 'participants and outcomes by analysis', 'table1, table5'),
@@ -116,7 +116,7 @@ TRIPOD = [ # (item, what, answer)
     ('27a', 'poor or missing input', '00_dicom refuses files that cannot be read; figure10 for poor ones'), ('27b', 'interaction and expertise', 'not done: nobody used it'), ('27c', 'next steps', 'table7: what is not passed'),
 ]
 
-# %% ../nbs/06_reports.ipynb #3c62b622
+# %% ../nbs/06_reports.ipynb #b2ad5f9f
 MODEL_CARD = """# Model card: {title}
 {runs} models ({folds} of {n_folds} patient-disjoint folds, {seeds} seed(s)), made by the code at commit {commit}. After Mitchell et al. 2019.{stamp}
 
@@ -162,7 +162,7 @@ def source_of(name:str) -> str: # name of a cohort
     return dict(phantom='drawn by 00_phantom from a seed; free', siim='SIIM-FISABIO-RSNA COVID-19 (Kaggle); academic and non-commercial use',
                 real_cxr='NIH ChestX-ray14 (attribution) and COVID-19 Image Data Collection (licence by image)').get(name, 'the user\'s own; see its licence')
 
-# %% ../nbs/06_reports.ipynb #45b5c336
+# %% ../nbs/06_reports.ipynb #b9304052
 REPORTS = ('model_card', 'datasheet', 'claim', 'tripod_ai')
 
 def pointers(text:str) -> list: # names
@@ -180,7 +180,7 @@ def filled(items, facts) -> pd.DataFrame: # rows of a checklist -> item, what, a
     rows = [r if len(r) == 3 else (str(i), *r) for i,r in enumerate(items, 1)]
     return pd.DataFrame([(i, what, answer.format(**facts)) for i,what,answer in rows], columns=['item', 'what', 'answer'])
 
-# %% ../nbs/06_reports.ipynb #71acf3a2
+# %% ../nbs/06_reports.ipynb #2be9060b
 def write_report(name, text, study, out='figures'):
     "Write a report as markdown, with its json of provenance; InputError where it points at nothing."
     if gone := leads_nowhere(text, out): raise InputError(f'points at {", ".join(gone)}', file=f'{name}.md', cure='make what it points at first (`make paper`), or mend the answer')
