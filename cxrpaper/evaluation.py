@@ -6,7 +6,7 @@
 __all__ = ['figure_calibration', 'figure_use', 'figure_confusions', 'figure_robustness', 'figure_subgroups', 'figure_difficulty',
            'median_examples', 'figure_saliency']
 
-# %% ../nbs/07_evaluation.ipynb #a9826d8e
+# %% ../nbs/07_evaluation.ipynb #b35b37ac
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from .study import evaluated_rows, pretrain_title, read_study, row_runs
 from .subgroups import draw_forest, gap_verdict, simulate_subgroups, subgroup_metrics
 from .tables import sample_text, stamp
 
-# %% ../nbs/07_evaluation.ipynb #35726760
+# %% ../nbs/07_evaluation.ipynb #7847340c
 def figure_calibration(folds:list,  # predictions with validation and test rows, a fold each
                        n_boot=1000, seed=0):
     "Figure 7: reliability before and after temperature scaling, with the histogram of confidence."
@@ -40,7 +40,7 @@ def figure_calibration(folds:list,  # predictions with validation and test rows,
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #090d6968
+# %% ../nbs/07_evaluation.ipynb #c185a6ad
 def figure_use(coverage, decision, values, prevalence): # from `decisions`: risk_coverage, decision_curve of any opacity, predictive_value_curve; share of any opacity in the test
     "Figure 12: risk-coverage, decision and predictive value curves."
     with mpl.rc_context(STYLE):
@@ -50,7 +50,7 @@ def figure_use(coverage, decision, values, prevalence): # from `decisions`: risk
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #9d48bb4f
+# %% ../nbs/07_evaluation.ipynb #fa8ac5ee
 def figure_confusions(t:pd.DataFrame # from `difficulty.confusion_shares`
                      ):
     "Figure 5: the model's confusion matrix with intervals, and the readers'."
@@ -59,7 +59,7 @@ def figure_confusions(t:pd.DataFrame # from `difficulty.confusion_shares`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #83b746d9
+# %% ../nbs/07_evaluation.ipynb #8fca5d58
 def figure_robustness(curves:pd.DataFrame # from `robustness.robustness_curve`
                      ):
     "Figure 10: small multiples, one for each corruption."
@@ -69,7 +69,7 @@ def figure_robustness(curves:pd.DataFrame # from `robustness.robustness_curve`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #05383bf9
+# %% ../nbs/07_evaluation.ipynb #94e58795
 def figure_subgroups(t:pd.DataFrame # from `subgroups.subgroup_metrics`
                     ):
     "Figure 11: a forest plot."
@@ -79,7 +79,7 @@ def figure_subgroups(t:pd.DataFrame # from `subgroups.subgroup_metrics`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #8f404740
+# %% ../nbs/07_evaluation.ipynb #0947f0c2
 def figure_difficulty(separable, mapped, worst, images, boxes): # `difficulty.separability`, `cartography`, `hardest`; pixels and boxes of the rows of the last
     "Figure 15: separability, cartography, hardest images."
     with mpl.rc_context(STYLE):
@@ -96,7 +96,7 @@ def figure_difficulty(separable, mapped, worst, images, boxes): # `difficulty.se
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #69a7ecf0
+# %% ../nbs/07_evaluation.ipynb #55b7a406
 def median_examples(scores, labels) -> dict: # (n,) IoU, (n,) classes -> class -> row
     "For each class the row whose score is nearest to the class's median."
     scores,labels = np.asarray(scores),np.asarray(labels)

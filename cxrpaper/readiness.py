@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MOST', 'PARTS', 'Subject', 'subject', 'floors_part', 'performance_part', 'leaks_part', 'power_part',
            'calibration_part', 'decisions_part', 'shortcuts_part', 'saliency_maps', 'saliency_part', 'subgroups_part',
-           'difficulty_part', 'robustness_part', 'external_part', 'assess', 'read_parts', 'readiness_path']
+           'difficulty_part', 'cartography_part', 'robustness_part', 'external_part', 'assess', 'read_parts',
+           'readiness_path']
 
-# %% ../nbs/05_readiness.ipynb #7aa7a153
+# %% ../nbs/05_readiness.ipynb #4177ab40
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from .study import evaluated_rows, leaking_rows, pretrain_title, read_study, row
 from .subgroups import subgroup_gaps, subgroup_metrics
 from .training import Batches, embed
 
-# %% ../nbs/05_readiness.ipynb #76585d55
+# %% ../nbs/05_readiness.ipynb #6724ea74
 @dataclass
 class Subject:
     "The evaluated row of a study with its cohort, its store and its saved predictions."
@@ -60,7 +61,7 @@ class Subject:
 
     def batches(self, rows, size): return Batches(self.store.images, rows, self.cohort.images.label.values, size, self.device)
 
-# %% ../nbs/05_readiness.ipynb #1a892a5a
+# %% ../nbs/05_readiness.ipynb #65e6ce26
 def subject(study:dict, # from `read_study`
             n_boot:int=1000, seed:int=0, device=None) -> Subject:
     "The evaluated row of a study; InputError where its runs used another cohort or other pixels than those found now."
@@ -73,7 +74,7 @@ def subject(study:dict, # from `read_study`
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return Subject(study, row, cohort, store, fold_frames(study, row)[0], n_boot, seed, device)
 
-# %% ../nbs/05_readiness.ipynb #e8308c6a
+# %% ../nbs/05_readiness.ipynb #48b8a72e
 def floors_part(s:Subject) -> dict:
     "Macro AUC minus that of each floor, paired over patients; Holm over the floors."
     d = [bootstrap_difference(s.frame, floor_frame(s.study, k), s.n_boot, s.seed, metrics=['auc_macro']).assign(floor=k) for k in FLOORS]
@@ -95,7 +96,7 @@ def power_part(s:Subject) -> dict:
     rows = [dict(row=pretrain_title(r), **smallest_difference(row_frames(s.study, r), row_frames(s.study, first), n_boot=s.n_boot, seed=s.seed)) for r in others]
     return dict(power=pd.DataFrame(rows, columns=['row', 'se', 'smallest', 'difference', 'power', 'alpha']))
 
-# %% ../nbs/05_readiness.ipynb #74968fda
+# %% ../nbs/05_readiness.ipynb #c0a928fe
 def calibration_part(s:Subject) -> dict:
     "Calibration as the model comes, with a temperature and with vector scaling."
     scaled = {'temperature': scale_folds(s.both), 'vector': scale_folds(s.both, fit_vector)}
@@ -106,7 +107,7 @@ def calibration_part(s:Subject) -> dict:
                 scaling=pd.concat([t.assign(scaling=k) for k,(_,t) in scaled.items()], ignore_index=True),
                 scaling_difference=pd.concat([calibration_difference(f, s.frame, n_boot=s.n_boot, seed=s.seed).assign(scaling=k) for k,(f,_) in scaled.items()], ignore_index=True))
 
-# %% ../nbs/05_readiness.ipynb #098de137
+# %% ../nbs/05_readiness.ipynb #326ebee2
 def decisions_part(s:Subject) -> dict:
     "Operating points, decision curves, selective prediction and referral, predictive values, class shares."
     more = dict(n_boot=s.n_boot, seed=s.seed)
@@ -116,7 +117,7 @@ def decisions_part(s:Subject) -> dict:
                 risk_coverage=risk_coverage(s.folds, **more), selective=selective_summary(s.folds, **more), referral=referral(s.folds, **more),
                 predictive_values=predictive_value_curve(s.folds, **more), shares=class_shares(scaled, shares, **more))
 
-# %% ../nbs/05_readiness.ipynb #98d1680b
+# %% ../nbs/05_readiness.ipynb #19c1136a
 def shortcuts_part(s:Subject) -> dict:
     "Splits, floors, occlusions, markers and probes as one table (Table 8), and what the splits share."
     images,lungs,more = s.cohort.images,lung_fields(s.store.images),dict(n_boot=s.n_boot, seed=s.seed)
@@ -128,7 +129,7 @@ def shortcuts_part(s:Subject) -> dict:
     tables.append(attribute_probes(embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size)), images, **more))
     return dict(shortcuts=shortcut_rows(*tables), overlap=patient_overlap(images, s.study['n_folds']))
 
-# %% ../nbs/05_readiness.ipynb #9b8293c6
+# %% ../nbs/05_readiness.ipynb #d63babd5
 MOST = 600 # images whose maps are held in memory
 
 def saliency_maps(s:Subject) -> tuple: # (rows of the store, name -> (n,px,px) maps)
@@ -154,20 +155,23 @@ def saliency_part(s:Subject) -> dict:
     return dict(saliency=saliency_table(maps, masks, patients, lung_fields(s.store.images[rows]), n_boot=s.n_boot, seed=s.seed),
                 sanity=sanity_check(first.model, s.batches(own, first.batch_size), images.group.values[own], n_boot=s.n_boot, seed=s.seed))
 
-# %% ../nbs/05_readiness.ipynb #e5560979
+# %% ../nbs/05_readiness.ipynb #97543a91
 def subgroups_part(s:Subject) -> dict:
     "Metrics of every subgroup, and its gaps with correction."
     return dict(subgroups=subgroup_metrics(s.folds, n_boot=s.n_boot, seed=s.seed), gaps=subgroup_gaps(s.folds, n_boot=s.n_boot, seed=s.seed))
 
-# %% ../nbs/05_readiness.ipynb #544393f3
+# %% ../nbs/05_readiness.ipynb #2be7c871
 def difficulty_part(s:Subject) -> dict:
-    "Confusions, separability, label noise, cartography and the hardest images."
+    "Confusions, separability, label noise and the hardest images."
     more = dict(n_boot=s.n_boot, seed=s.seed)
-    dynamics = [pd.read_csv(resolve(r)/'dynamics.csv', dtype=dict(image=str)) for r in s.runs()]
     return dict(confusions=confusion_shares(s.frame, **more), readers=against_readers(s.frame, **more), separability=separability(s.frame, **more), label_noise=label_noise(s.both, seed=s.seed).to_frame().T,
-                noise_matrix=noise_matrix(s.both, seed=s.seed), noise_bound=noise_bound(s.both), doubtful=doubtful(s.both), cartography=cartography(dynamics), hardest=hardest(s.frame), ceilings=ceilings())
+                noise_matrix=noise_matrix(s.both, seed=s.seed), noise_bound=noise_bound(s.both), doubtful=doubtful(s.both), hardest=hardest(s.frame), ceilings=ceilings())
 
-# %% ../nbs/05_readiness.ipynb #577bd6e2
+def cartography_part(s:Subject) -> dict:
+    "How the label of each training image was believed, epoch by epoch."
+    return dict(cartography=cartography([pd.read_csv(resolve(r)/'dynamics.csv', dtype=dict(image=str)) for r in s.runs()]))
+
+# %% ../nbs/05_readiness.ipynb #68835d76
 def robustness_part(s:Subject) -> dict:
     "What poor images cost, and up to which level a loss is excluded."
     curves = robustness_curve(s.models(), s.store, s.cohort.images, n_boot=s.n_boot, seed=s.seed, device=s.device)
@@ -181,7 +185,7 @@ def external_part(s:Subject) -> dict:
     drop,shares,sentence = external_evaluation(s.models(), s.frame, other, build_store(other, s.study['px'], workers=1), s.cohort, n_boot=s.n_boot, seed=s.seed, device=s.device)
     return dict(external=drop.assign(sentence=sentence), external_shares=shares.rename_axis('class').reset_index())
 
-# %% ../nbs/05_readiness.ipynb #87dc49d7
+# %% ../nbs/05_readiness.ipynb #e767f644
 def assess(s:Subject, run:Run, parts:dict, # name -> function of the subject that returns named tables
            progress:bool=True) -> dict:    # provenance
     "Run every part that is not there yet; the finished run is in `run.path`."
@@ -206,6 +210,6 @@ def read_parts(study:dict) -> dict: # table -> DataFrame; nothing for a part tha
 
 def readiness_path(study): return f"runs/{study['name']}/readiness"
 
-# %% ../nbs/05_readiness.ipynb #0a7c2b1c
+# %% ../nbs/05_readiness.ipynb #d58ee590
 PARTS = dict(performance=performance_part, floors=floors_part, leaks=leaks_part, power=power_part, shortcuts=shortcuts_part, saliency=saliency_part, calibration=calibration_part, decisions=decisions_part,
-             subgroups=subgroups_part, robustness=robustness_part, external=external_part, difficulty=difficulty_part)
+             subgroups=subgroups_part, robustness=robustness_part, external=external_part, difficulty=difficulty_part, cartography=cartography_part)

@@ -6,7 +6,7 @@
 __all__ = ['CLAIM', 'TRIPOD', 'MODEL_CARD', 'DATASHEET', 'REPORTS', 'one', 'gather', 'source_of', 'pointers', 'leads_nowhere',
            'filled', 'write_report', 'checklist']
 
-# %% ../nbs/06_reports.ipynb #552ff5ae
+# %% ../nbs/06_reports.ipynb #854d94e5
 import re
 from pathlib import Path
 import pandas as pd
@@ -16,7 +16,7 @@ from .runs import InputError, atomic, load_run, project_root, resolve
 from .study import evaluated_rows, pretrain_title, read_study, row_runs
 from .tables import cell, is_phantom, sidecar, stamp
 
-# %% ../nbs/06_reports.ipynb #65504492
+# %% ../nbs/06_reports.ipynb #eedd3ab8
 def one(parts, table, value='value', **where) -> str:
     "One number of the evaluation with its interval, or why there is none."
     if table not in parts: return 'not done'
@@ -40,7 +40,7 @@ def gather(study:dict, parts:dict) -> dict: # tables of `read_parts` -> name: te
                 who='procedural phantoms, not patients' if phantom else 'patients', auc=one(parts, 'performance', metric='auc_macro'), ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top'), sensitivity=one(parts, 'operating', target='any', form='validation', metric='sensitivity'),
                 specificity=one(parts, 'operating', target='any', form='validation', metric='specificity'), external=one(parts, 'external', name='external'), smallest=one(parts, 'power', 'smallest'))
 
-# %% ../nbs/06_reports.ipynb #065248dd
+# %% ../nbs/06_reports.ipynb #8fcf950b
 CLAIM = [ # (item, answer)
     ('title names the methodology', 'README: deep learning, multi-class image classification'),
     ('summary', 'README'),
@@ -86,7 +86,7 @@ CLAIM = [ # (item, answer)
     ('funding', 'not done: to be stated by whoever publishes the results'),
 ]
 
-# %% ../nbs/06_reports.ipynb #252212ae
+# %% ../nbs/06_reports.ipynb #51e76750
 TRIPOD = [ # (item, what, answer)
     ('1', 'title', 'README'), ('2', 'abstract', 'README'),
     ('3a', 'context and rationale', 'README'), ('3b', 'target population and use', 'model_card: research only'), ('3c', 'known inequalities', 'not done: the sources give sex, age and device at most; gaps that can be measured: figure11'),
@@ -116,7 +116,7 @@ TRIPOD = [ # (item, what, answer)
     ('27a', 'poor or missing input', '00_dicom refuses files that cannot be read; figure10 for poor ones'), ('27b', 'interaction and expertise', 'not done: nobody used it'), ('27c', 'next steps', 'table7: what is not passed'),
 ]
 
-# %% ../nbs/06_reports.ipynb #b2ad5f9f
+# %% ../nbs/06_reports.ipynb #c97af185
 MODEL_CARD = """# Model card: {title}
 {runs} models ({folds} of {n_folds} patient-disjoint folds, {seeds} seed(s)), made by the code at commit {commit}. After Mitchell et al. 2019.{stamp}
 
@@ -162,7 +162,7 @@ def source_of(name:str) -> str: # name of a cohort
     return dict(phantom='drawn by 00_phantom from a seed; free', siim='SIIM-FISABIO-RSNA COVID-19 (Kaggle); academic and non-commercial use',
                 real_cxr='NIH ChestX-ray14 (attribution) and COVID-19 Image Data Collection (licence by image)').get(name, 'the user\'s own; see its licence')
 
-# %% ../nbs/06_reports.ipynb #b9304052
+# %% ../nbs/06_reports.ipynb #729b6b0d
 REPORTS = ('model_card', 'datasheet', 'claim', 'tripod_ai')
 
 def pointers(text:str) -> list: # names
@@ -180,7 +180,7 @@ def filled(items, facts) -> pd.DataFrame: # rows of a checklist -> item, what, a
     rows = [r if len(r) == 3 else (str(i), *r) for i,r in enumerate(items, 1)]
     return pd.DataFrame([(i, what, answer.format(**facts)) for i,what,answer in rows], columns=['item', 'what', 'answer'])
 
-# %% ../nbs/06_reports.ipynb #2be9060b
+# %% ../nbs/06_reports.ipynb #8f5f8b04
 def write_report(name, text, study, out='figures'):
     "Write a report as markdown, with its json of provenance; InputError where it points at nothing."
     if gone := leads_nowhere(text, out): raise InputError(f'points at {", ".join(gone)}', file=f'{name}.md', cure='make what it points at first (`make paper`), or mend the answer')

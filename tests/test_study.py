@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SINGLE = dict(arch='resnet10t', pretrain='none')
 STUDY = dict(name='smoke', profile='smoke', phantom=None, data_root='data/tiny', adapter='siim', figures='figures', px=64, n_folds=3, folds=[0, 1], seeds=[0], threads=1, gpus=0,
-             finetune=dict(epochs=1, batch_size=8), table2=[SINGLE], table3=[SINGLE, SINGLE | dict(multitask=True)],
+             finetune=dict(epochs=2, batch_size=8), table2=[SINGLE], table3=[SINGLE, SINGLE | dict(multitask=True)],
              pretraining=dict(phantom=dict(n_patients=40, px=96, seed=4), data_root=None, adapter='siim'), moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32), inpainting=dict(epochs=1, pretrain='none', batch_size=8),
              table4=[SINGLE, SINGLE | dict(pretrain='moco')], table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[.5], draws=[0]),
              readiness=dict(rows=[SINGLE, SINGLE | dict(multitask=True)], splits=['image'], external=dict(phantom=dict(n_patients=30, px=96, seed=5), data_root=None, adapter='siim')))
@@ -16,7 +16,7 @@ def clone(to, like=None):
     "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
     to.mkdir()
     for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for f in ('settings.ini', 'Snakefile'): shutil.copy(ROOT/f, to/f)
+    for f in ('settings.ini', 'Snakefile', 'README.md', 'requirements.lock'): shutil.copy(ROOT/f, to/f)
     (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY))
     if like: shutil.copytree(like/'data'/'tiny', to/'data'/'tiny'); return to
     code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
@@ -70,7 +70,7 @@ def test_nothing_is_done_twice(whole):
 def test_a_changed_parameter_reruns_what_depends_on_it(whole):
     f = whole/'config'/'tiny.yaml'; text = f.read_text()
     try:
-        f.write_text(yaml.safe_dump(STUDY | dict(finetune=dict(epochs=2, batch_size=8))))
+        f.write_text(yaml.safe_dump(STUDY | dict(finetune=dict(epochs=3, batch_size=8))))
         plan = study(whole, '--dry-run')
     finally: f.write_text(text)
     jobs = plan[plan.index('Job stats:'):].split('\n\n')[0]
