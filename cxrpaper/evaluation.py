@@ -6,7 +6,7 @@
 __all__ = ['figure_calibration', 'figure_use', 'figure_confusions', 'figure_robustness', 'figure_subgroups', 'figure_difficulty',
            'median_examples', 'figure_saliency']
 
-# %% ../nbs/07_evaluation.ipynb #b35b37ac
+# %% ../nbs/07_evaluation.ipynb #3247121b
 import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from .study import evaluated_rows, pretrain_title, read_study, row_runs
 from .subgroups import draw_forest, gap_verdict, simulate_subgroups, subgroup_metrics
 from .tables import sample_text, stamp
 
-# %% ../nbs/07_evaluation.ipynb #7847340c
+# %% ../nbs/07_evaluation.ipynb #212ab80e
 def figure_calibration(folds:list,  # predictions with validation and test rows, a fold each
                        n_boot=1000, seed=0):
     "Figure 7: reliability before and after temperature scaling, with the histogram of confidence."
@@ -40,17 +40,19 @@ def figure_calibration(folds:list,  # predictions with validation and test rows,
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #c185a6ad
-def figure_use(coverage, decision, values, prevalence): # from `decisions`: risk_coverage, decision_curve of any opacity, predictive_value_curve; share of any opacity in the test
+# %% ../nbs/07_evaluation.ipynb #223a9608
+def figure_use(coverage, decision, values, prevalence, ceiling=np.nan): # from `decisions`: risk_coverage, decision_curve of any opacity, predictive_value_curve; share of any opacity in the test; accuracy that readers' agreement leaves to reach
     "Figure 12: risk-coverage, decision and predictive value curves."
     with mpl.rc_context(STYLE):
         fig,axs = plt.subplots(1, 3, figsize=(7, 2.5))
-        draw_risk_coverage(axs[0], coverage, color='#0072B2'); draw_decision_curve(axs[1], decision, color='#0072B2'); draw_predictive_values(axs[2], values, prevalence)
+        draw_risk_coverage(axs[0], coverage, color='#0072B2')
+        if np.isfinite(ceiling): axs[0].plot(1, 1 - ceiling, '<', color='#E69F00', clip_on=False, label='bound by readers (RICORD)') # of all images
+        draw_decision_curve(axs[1], decision, color='#0072B2'); draw_predictive_values(axs[2], values, prevalence)
         for ax,title in zip(axs, ('selective prediction', 'any opacity: decision curve', 'any opacity: predictive values')): ax.set_title(title, loc='left'); ax.legend(fontsize=5.5)
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #fa8ac5ee
+# %% ../nbs/07_evaluation.ipynb #8062cfb8
 def figure_confusions(t:pd.DataFrame # from `difficulty.confusion_shares`
                      ):
     "Figure 5: the model's confusion matrix with intervals, and the readers'."
@@ -59,7 +61,7 @@ def figure_confusions(t:pd.DataFrame # from `difficulty.confusion_shares`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #8fca5d58
+# %% ../nbs/07_evaluation.ipynb #e0b6fdf6
 def figure_robustness(curves:pd.DataFrame # from `robustness.robustness_curve`
                      ):
     "Figure 10: small multiples, one for each corruption."
@@ -69,7 +71,7 @@ def figure_robustness(curves:pd.DataFrame # from `robustness.robustness_curve`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #94e58795
+# %% ../nbs/07_evaluation.ipynb #92f85171
 def figure_subgroups(t:pd.DataFrame # from `subgroups.subgroup_metrics`
                     ):
     "Figure 11: a forest plot."
@@ -79,7 +81,7 @@ def figure_subgroups(t:pd.DataFrame # from `subgroups.subgroup_metrics`
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #0947f0c2
+# %% ../nbs/07_evaluation.ipynb #709e0f24
 def figure_difficulty(separable, mapped, worst, images, boxes): # `difficulty.separability`, `cartography`, `hardest`; pixels and boxes of the rows of the last
     "Figure 15: separability, cartography, hardest images."
     with mpl.rc_context(STYLE):
@@ -96,7 +98,7 @@ def figure_difficulty(separable, mapped, worst, images, boxes): # `difficulty.se
         plt.close(fig)
     return fig
 
-# %% ../nbs/07_evaluation.ipynb #55b7a406
+# %% ../nbs/07_evaluation.ipynb #1927d106
 def median_examples(scores, labels) -> dict: # (n,) IoU, (n,) classes -> class -> row
     "For each class the row whose score is nearest to the class's median."
     scores,labels = np.asarray(scores),np.asarray(labels)

@@ -7,7 +7,7 @@ __all__ = ['ANSWERS', 'RULES', 'class_table', 'class_differences', 'above', 'wor
            'shortcuts_rule', 'saliency_rule', 'calibration_rule', 'sensitivity_rule', 'benefit_rule', 'referral_rule',
            'subgroups_rule', 'labels_rule', 'robustness_rule', 'external_rule', 'scorecard', 'overall']
 
-# %% ../nbs/06_scorecard.ipynb #2b18582f
+# %% ../nbs/06_scorecard.ipynb #17d860b3
 import numpy as np
 import pandas as pd
 from .cohort import CLASSES
@@ -18,7 +18,7 @@ from .study import evaluated_rows, leaking_rows, pretrain_title, read_study, row
 from .subgroups import gap_verdict
 from .tables import BY_CLASS, cell, compared_with, differences, evaluated, sample_text, stamp, wide, write_table
 
-# %% ../nbs/06_scorecard.ipynb #4841d79e
+# %% ../nbs/06_scorecard.ipynb #9e9a25c3
 def class_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, frames of the first row)
     "The numbers of Table 5."
     rows = {pretrain_title(r): r for r in evaluated_rows(study)}
@@ -31,7 +31,7 @@ def class_differences(diffs, metrics=('auc_macro', *BY_CLASS)) -> pd.DataFrame:
     d = diffs[diffs.metric.isin(metrics)]
     return pd.DataFrame([{'model': r.row, 'minus': r.than, 'metric': r.metric.replace('auc_', 'AUC '), 'difference': cell(r, 3), 'p (Holm)': f'{r.p_holm:.3f}'} for r in d.itertuples()])
 
-# %% ../nbs/06_scorecard.ipynb #b8e8629f
+# %% ../nbs/06_scorecard.ipynb #469d3b4f
 ANSWERS = ('passed', 'not passed', 'not shown', 'not done')
 
 def above(value, lo, hi, bar) -> str: # an estimate with its interval, and what it must exceed
@@ -43,7 +43,7 @@ def worst(answers) -> str:
     "The answer to several questions at once: the last of passed, not shown, not done, not passed that occurs."
     return max(answers, key=('passed', 'not shown', 'not done', 'not passed').index, default='not done')
 
-# %% ../nbs/06_scorecard.ipynb #6839a601
+# %% ../nbs/06_scorecard.ipynb #6482a19e
 def floors_rule(p):
     d = p['floors']; w = d.loc[d.difference.idxmin()]
     answer = 'passed' if ((d.lo > 0) & (d.p_holm < .05)).all() else 'not passed' if (d.hi <= 0).any() else 'not shown'
@@ -69,7 +69,7 @@ def saliency_rule(p):
     of = lambda text, good, bad: 'passed' if text.startswith(good) else 'not passed' if text.startswith(bad) else 'not shown'
     return f'{seen}; {sane}', worst([of(seen, 'found', 'not found'), of(sane, 'passes', 'fails')])
 
-# %% ../nbs/06_scorecard.ipynb #924316bc
+# %% ../nbs/06_scorecard.ipynb #3a9c1fee
 def calibration_rule(p):
     d = p['calibration']; r = d[(d.scaling == 'temperature') & (d.of == 'top')].iloc[0]
     return f'root mean square {r.rms:.3f} ({r.lo:.3f} to {r.hi:.3f})', 'passed' if r.hi <= .05 else 'not passed' if r.lo > .05 else 'not shown'
@@ -107,7 +107,7 @@ def external_rule(p):
     r = p['external'].set_index('name').loc['drop']
     return p['external'].sentence.iloc[0], above(-r.value, -r.hi, -r.lo, -.05)
 
-# %% ../nbs/06_scorecard.ipynb #4e293413
+# %% ../nbs/06_scorecard.ipynb #7f641537
 RULES = [ # question, the part of 05_readiness that answers it, its rule, where the numbers are
     ('more than metadata tell?', 'floors', floors_rule, 'table2'), ('folds free of leaks?', 'leaks', leaks_rule, 'table8'), ('each class told apart?', 'difficulty', classes_rule, 'table5'),
     ('no shortcut?', 'shortcuts', shortcuts_rule, 'table8'), ('looks at the opacities?', 'saliency', saliency_rule, 'figure16'), ('probabilities true?', 'calibration', calibration_rule, 'figure7'),
