@@ -41,6 +41,9 @@ def write_figure(name:str,    # file name without ending
     out = resolve(out)
     with mpl.rc_context(STYLE):
         fig.draw_without_rendering(); fig.set_layout_engine('none') # laid out once: another draw would move things a little
+        # the layout is solved in an order that follows memory addresses: its last digits, and with them names in the svg, differ from run to run
+        for part in fig.subfigs: part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+        for ax in fig.axes: ax.set_position(mpl.transforms.Bbox(ax.get_position().get_points().round(6)))
         for ending,meta in (('svg', {'Date': None}), ('png', {'Software': None})):
             with atomic(out/f'{name}.{ending}') as tmp: fig.savefig(tmp, format=ending, metadata=meta)
     sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, code='figures', **more)
