@@ -15,11 +15,10 @@ from .cohort import CLASSES
 from .decisions import decision_curve, draw_decision_curve, draw_predictive_values, draw_risk_coverage, predictive_value_curve, risk_coverage
 from .difficulty import confusion_shares, draw_cartography, draw_confusions, draw_gallery, draw_separability
 from .figures import COLOURS, STYLE, write_figure
-from .readiness import read_parts, readiness_path, saliency_maps, subject
+from .readiness import is_evaluated, read_parts, reader_bound, readiness_path, saliency_maps, subject
 from .robustness import draw_robustness
-from .runs import InputError, resolve
 from .saliency import draw_saliency, draw_saliency_scores, map_scores
-from .study import evaluated_rows, pretrain_title, read_study, row_runs
+from .study import pretrain_title, read_study
 from .subgroups import draw_forest, gap_verdict, simulate_subgroups, subgroup_metrics
 from .tables import sample_text, stamp
 

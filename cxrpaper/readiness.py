@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'PARTS', 'Subject', 'subject', 'floors_part', 'performance_part', 'leaks_part', 'power_part',
            'calibration_part', 'decisions_part', 'shortcuts_part', 'saliency_maps', 'saliency_part', 'subgroups_part',
            'difficulty_part', 'cartography_part', 'robustness_part', 'external_part', 'assess', 'read_parts',
-           'readiness_path']
+           'reader_bound', 'is_evaluated', 'readiness_path']
 
 # %% ../nbs/05_readiness.ipynb #4177ab40
 import time
@@ -120,12 +120,12 @@ def decisions_part(s:Subject) -> dict:
 # %% ../nbs/05_readiness.ipynb #19c1136a
 def shortcuts_part(s:Subject) -> dict:
     "Splits, floors, occlusions, markers and probes as one table (Table 8), and what the splits share."
-    images,lungs,more = s.cohort.images,lung_fields(s.store.images),dict(n_boot=s.n_boot, seed=s.seed)
+    images,lungs,tested,more = s.cohort.images,lung_fields(s.store.images),s.models(),dict(n_boot=s.n_boot, seed=s.seed)
     tables = [floor_rows({k: floor_frame(s.study, k) for k in FLOORS}, **more)]
     if leaky := leaking_rows(s.study): tables.insert(0, split_inflation(dict(group=s.frame) | {k: row_frames(s.study, r, leaky=True)[0] for k,r in leaky.items()}, **more))
     for changes,judge in ((occlusions(lungs), occlusion_table), (markers(lungs, seed=s.seed), marker_table)):
-        tables.append(judge([occluded_predictions(t.model, s.batches(t.rows, t.batch_size), images, changes, t.scores, t.fold) for t in s.models()], **more))
-    first = s.models()[0]
+        tables.append(judge([occluded_predictions(t.model, s.batches(t.rows, t.batch_size), images, changes, t.scores, t.fold) for t in tested], **more))
+    first = tested[0]
     tables.append(attribute_probes(embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size)), images, **more))
     return dict(shortcuts=shortcut_rows(*tables), overlap=patient_overlap(images, s.study['n_folds']))
 
@@ -207,6 +207,17 @@ def read_parts(study:dict) -> dict: # table -> DataFrame; nothing for a part tha
     folder = resolve(readiness_path(study)); load_run(folder)
     tables = {f.stem: pd.read_csv(f, dtype=dict(image=str)) for f in sorted(folder.glob('*.csv'))}
     return {k: t.fillna({c: '' for c in t.columns[~t.dtypes.map(pd.api.types.is_numeric_dtype)]}) for k,t in tables.items()} # an empty text is a text
+
+def reader_bound(parts:dict) -> float: # from `read_parts`; NaN where it was not asked
+    "The accuracy that readers' agreement leaves to reach against a further reader."
+    return parts['ceilings'].set_index('meaning').value['upper bound against a further reader'] if 'ceilings' in parts else np.nan
+
+def is_evaluated(study:dict, missing:str='show') -> bool: # 'error': InputError where the evaluation that the study asks for is missing
+    "Is there a finished evaluation? Says so."
+    ready = bool(evaluated_rows(study)) and (resolve(readiness_path(study))/'provenance.json').exists()
+    if evaluated_rows(study) and not ready and missing == 'error': raise InputError('the evaluation is missing', file=readiness_path(study), cure='run `make paper`')
+    print('the evaluation is there' if ready else 'nothing is evaluated, or it is missing: make paper')
+    return ready
 
 def readiness_path(study): return f"runs/{study['name']}/readiness"
 

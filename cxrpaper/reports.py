@@ -8,10 +8,9 @@ __all__ = ['CLAIM', 'TRIPOD', 'MODEL_CARD', 'DATASHEET', 'REPORTS', 'one', 'gath
 
 # %% ../nbs/06_reports.ipynb #854d94e5
 import re
-from pathlib import Path
 import pandas as pd
 from .cohort import CLASSES, load_cohort
-from .readiness import read_parts, readiness_path
+from .readiness import is_evaluated, read_parts, readiness_path
 from .runs import InputError, atomic, load_run, project_root, resolve
 from .study import evaluated_rows, pretrain_title, read_study, row_runs
 from .tables import cell, is_phantom, sidecar, stamp
@@ -72,7 +71,7 @@ CLAIM = [ # (item, answer)
     ('metrics', '05_metrics'),
     ('significance and uncertainty', '05_metrics, 05_comparisons: patient bootstrap, Holm'),
     ('robustness', '05_robustness, figure10'),
-    ('explainability and its validation', '05_saliency, figure8, table7: baselines and randomised weights'),
+    ('explainability and its validation', '05_saliency, figure16, table7: baselines and randomised weights'),
     ('external data', '05_robustness: {external}'),
     ('flow of cases', '01_cohort, table1; not done as a diagram'),
     ('demographics by partition', 'table1'),
@@ -137,6 +136,7 @@ MODEL_CARD = """# Model card: {title}
 | caveats | one corpus, retrospective, no prospective use; {n_folds}-fold results say nothing of another hospital |
 """
 
+# %% ../nbs/06_reports.ipynb #11be5939
 DATASHEET = """# Datasheet: {cohort}
 Cohort {cohort}, digest {digest}, as read by 01_cohort. After Gebru et al. 2021.{stamp}
 

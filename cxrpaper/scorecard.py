@@ -11,12 +11,12 @@ __all__ = ['ANSWERS', 'RULES', 'class_table', 'class_differences', 'above', 'wor
 import numpy as np
 import pandas as pd
 from .cohort import CLASSES
-from .readiness import read_parts, readiness_path
-from .runs import InputError, load_run, resolve
+from .readiness import is_evaluated, read_parts, reader_bound, readiness_path
+from .runs import load_run
 from .saliency import saliency_verdict, sanity_verdict
 from .study import evaluated_rows, leaking_rows, pretrain_title, read_study, row_runs
 from .subgroups import gap_verdict
-from .tables import BY_CLASS, cell, compared_with, differences, evaluated, sample_text, stamp, wide, write_table
+from .tables import BY_CLASS, cell, differences, evaluated, sample_text, stamp, wide, write_table
 
 # %% ../nbs/06_scorecard.ipynb #9e9a25c3
 def class_table(study:dict, n_boot=2000, seed=0) -> tuple: # (every metric, differences, frames of the first row)

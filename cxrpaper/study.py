@@ -45,6 +45,7 @@ def read_study(path) -> dict: # its checked content
     check_tables(study, show_path(path))
     return study
 
+# %% ../nbs/00_study.ipynb #88b87977
 def check_tables(study, file):
     "InputError for tables that could not be made."
     if study['table3'] and study['table3'][0].get('multitask'):
@@ -63,6 +64,7 @@ def check_readiness(r, file):
     if bad := set(r['splits']) - {'study', 'image'}: raise InputError(f'{sorted(bad)[0]!r} is not a split that leaks', file=file, field='readiness', cure='splits are a list of study and image, or []')
     if r['external'] and sorted(r['external']) != ['adapter', 'data_root', 'phantom']: raise InputError(f'the keys are {", ".join(r["external"])}', file=file, field='readiness: external', cure='give phantom, data_root and adapter, or null')
 
+# %% ../nbs/00_study.ipynb #ab671777
 def evaluated_rows(study) -> list: # rows of the critical evaluation; the first one is looked at in depth
     return (study['readiness'] or dict(rows=[]))['rows']
 
