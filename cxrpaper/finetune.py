@@ -28,7 +28,7 @@ from .models import BalancedBCE, BalancedCE, Classifier, Encoder, autocast_for, 
 from .multitask import MultiTask, MultiTaskLoss, TaughtMasks, multitask_encoder
 from .runs import InputError, begin, finish, load_run, resolve, rng, show_path, torch_generator, write_csv
 from .segmentation import join, prior_logits, save_mask_scores, score_masks
-from .training import Batches, Watching, make_learner, mean_by_row, plain
+from .training import Batches, Watching, make_learner, mean_by_row, plain, start_device
 
 # %% ../nbs/04_finetune.ipynb #afeca2b8
 def split_rows(labels,       # (N,) class of each image, -1 where it has none
@@ -261,7 +261,7 @@ def finetune(run,         # `runs.Run`: where to, identity
              device=None  # None: cuda where there is one
             ) -> dict:    # provenance
     "Train and predict one model of the grid; the finished run is in `run.path`."
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = start_device(device)
     folder,images = begin(run),cohort.images
     rows = split_rows(images.label.values, folds, p.fold, p.n_folds)
     length = len(rows['train'])

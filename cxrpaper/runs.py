@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['InputError', 'project_root', 'resolve', 'show_path', 'choice', 'integer', 'number', 'flag', 'text', 'optional',
            'parameters', 'rng', 'torch_generator', 'digest', 'file_digest', 'atomic', 'commit_folder', 'atomic_dir',
-           'write_json', 'write_csv', 'provenance', 'code_modules', 'code_digest', 'Run', 'begin', 'finish', 'load_run']
+           'write_json', 'write_csv', 'provenance', 'code_modules', 'code_digest', 'energy', 'Meter', 'Run', 'begin',
+           'finish', 'load_run']
 
 # %% ../nbs/00_runs.ipynb #83880a0f
 import cxrpaper
 import ast, hashlib, importlib.metadata, json, os, platform, re, shutil, subprocess, sys, time
+try: import resource
+except ImportError: resource = None # Windows
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -229,7 +232,7 @@ def _git(*args):
     return r.stdout.strip() if r.returncode == 0 else None
 
 def provenance(code:str='runs', # the module whose work it is
-               **extra          # what the caller knows: run, seed, inputs, wall_s, ...
+               **extra          # what the caller knows: run, seed, inputs, spent, ...
               ) -> dict:
     "Commit and dirty flag of the sources, versions, device and time; `extra` comes first."
     import torch
@@ -254,6 +257,35 @@ def code_digest(module:str) -> str: # 64 hex digits
     "Digest of the code of `module` and of all that it imports from this package."
     return digest([(m, file_digest(Path(cxrpaper.__file__).parent/f'{m}.py')) for m in code_modules(module)])
 
+# %% ../nbs/00_runs.ipynb #14869350
+def energy() -> dict: # 'gpu', 'cpu' -> joules, counted from some moment in the past
+    "Energy counters of the GPUs that this process sees and of the processor packages; what cannot be read is left out."
+    import torch
+    found = {}
+    if torch.cuda.is_available():
+        import pynvml
+        try:
+            pynvml.nvmlInit()
+            ids = [f'GPU-{torch.cuda.get_device_properties(i).uuid}' for i in range(torch.cuda.device_count())]
+            found['gpu'] = sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(i)) for i in ids)/1e3
+        except pynvml.NVMLError: pass # an older card
+    try: found['cpu'] = sum(int(f.read_text()) for f in Path('/sys/class/powercap').glob('intel-rapl:[0-9]*/energy_uj') if f.parent.name.count(':') == 1)/1e6 or None
+    except OSError: pass
+    return {k: v for k,v in found.items() if v}
+
+# %% ../nbs/00_runs.ipynb #f2bf475e
+class Meter:
+    "Time, memory and energy from now on."
+    def __init__(self): self.wall,self.cpu,self.joules = time.time(),time.process_time(),energy()
+
+    def read(self) -> dict: # wall_s, cpu_s (this process, all its threads), peak_rss_gib, peak_gpu_gib, gpu_kj, cpu_kj; None where it was not measured
+        import torch
+        now = energy()
+        kj = {f'{k}_kj': round((now[k] - self.joules[k])/1e3, 3) if k in now and now[k] >= self.joules.get(k, np.inf) else None for k in ('gpu', 'cpu')} # a counter may start anew
+        peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == 'darwin' else 20), 3) if resource else None
+        gpu = round(torch.cuda.max_memory_allocated()/2**30, 3) if torch.cuda.is_available() else None
+        return dict(wall_s=round(time.time() - self.wall, 2), cpu_s=round(time.process_time() - self.cpu, 2), peak_rss_gib=peak, peak_gpu_gib=gpu, **kj)
+
 # %% ../nbs/00_runs.ipynb #e368348b
 class Run:
     "One execution of a notebook: a folder that is whole or absent, found again by the digest of parameters, inputs and code."
@@ -265,7 +297,6 @@ class Run:
         self.path,self.params,self.inputs = resolve(path),_canonical(params),_canonical(inputs or {})
         self.key = digest(dict(params=self.params, inputs=self.inputs, code=code_digest(code)))
         self.partial = self.path.with_name(self.path.name + '.partial')
-        self.start = time.time()
 
     @property
     def done(self) -> bool: return _key_of(self.path/'provenance.json') == self.key
@@ -282,13 +313,17 @@ def begin(run:Run) -> Path: # the folder to write to
     if _key_of(run.partial/'params.json') != run.key:
         shutil.rmtree(run.partial, ignore_errors=True); run.partial.mkdir(parents=True)
         write_json(run.partial/'params.json', dict(key=run.key, params=run.params, inputs=run.inputs))
+    with open(run.partial/'sessions.txt', 'a') as f: f.write(datetime.now(timezone.utc).isoformat(timespec='seconds') + '\n')
+    run.meter = Meter()
     return run.partial
 
 def finish(run:Run, **extra) -> dict: # the provenance that was written
-    "Write provenance.json and rename the folder to its final name."
-    prov = provenance(run.code, key=run.key, run=show_path(run.path), params=run.params, inputs=run.inputs, wall_s=round(time.time() - run.start, 2), **extra)
+    "Write provenance.json and rename the folder to its final name; its checkpoint has done its work."
+    spent = run.meter.read() | dict(sessions=len((run.partial/'sessions.txt').read_text().split()))
+    prov = provenance(run.code, key=run.key, run=show_path(run.path), params=run.params, inputs=run.inputs, spent=spent, **extra)
     write_json(run.partial/'provenance.json', prov)
     commit_folder(run.partial, run.path)
+    (run.path/'checkpoint.pt').unlink(missing_ok=True)
     return prov
 
 # %% ../nbs/00_runs.ipynb #57f87284

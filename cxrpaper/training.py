@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'start_device', 'rank_and_world', 'together', 'one_first
            'scheduled', 'evaluating', 'embed']
 
 # %% ../nbs/02_training.ipynb #28b7f6c7
-import time
+import os, time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,11 @@ from .runs import InputError, atomic, rng, torch_generator
 # %% ../nbs/02_training.ipynb #b453cad3
 def start_device(device=None # None: cuda where there is one
                 ) -> torch.device:
-    "The device of this process; joins the others where a launcher started several."
+    "The device of this process, on which the same seed gives the same bits; joins the others where a launcher started several."
     device = str(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.startswith('cuda'):
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return PartialState(cpu=device == 'cpu').device if num_distrib() > 1 else torch.device(device)
 
 def rank_and_world() -> tuple: # which process this is, of how many
