@@ -23,20 +23,21 @@ def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else
 # A job that an interrupted study has left running on a cluster is waited for, not doubled.
 PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
-# A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
-TAKE_GPUS = r"""IFS=$',\n '; n={resources.gpu}; all=(${{CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/.*UUID: \(GPU-[^)]*\)).*/\1/p')}})
-if [ ${{#all[@]}} -lt $n ]; then echo "{rule} takes $n GPU, here are ${{#all[@]}} (CUDA_VISIBLE_DEVICES, nvidia-smi)" | tee {log} >&2; exit 1; fi
-mine=(${{all[@]}}); if [ ! "${{SLURM_JOB_ID-}}" ] || [ ${{#all[@]}} -gt $n ]; then while :; do
-  mine=(); fds=()
-  for d in ${{all[@]}}; do
-    if [ ${{#mine[@]}} -lt $n ]; then exec {{fd}}>.snakemake/gpu-$(hostname)-$d.lock; fds+=($fd); if flock -n $fd; then mine+=($d); fi; fi
-  done
-  if [ ${{#mine[@]}} -eq $n ]; then break; fi
-  for fd in ${{fds[@]}}; do exec {{fd}}>&-; done; sleep .$RANDOM
-done; fi
-export CUDA_VISIBLE_DEVICES="${{mine[*]}}"; """
 CPU = 'export CUDA_VISIBLE_DEVICES=; ' + PAPERMILL # who does not ask for a GPU sees none
-GPU = TAKE_GPUS + PAPERMILL if study['gpus'] else CPU
+# A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
+GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else
+  IFS=$',\n '; n={resources.gpu}; all=(${{CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/.*UUID: \(GPU-[^)]*\)).*/\1/p')}})
+  if [ ${{#all[@]}} -lt $n ]; then echo "{rule} takes $n GPU, here are ${{#all[@]}} (CUDA_VISIBLE_DEVICES, nvidia-smi)" | tee {log} >&2; exit 1; fi
+  mine=(${{all[@]}}); if [ ! "${{SLURM_JOB_ID-}}" ] || [ ${{#all[@]}} -gt $n ]; then while :; do
+    mine=(); fds=()
+    for d in ${{all[@]}}; do
+      if [ ${{#mine[@]}} -lt $n ]; then exec {{fd}}>.snakemake/gpu-$HOSTNAME-${{d//\//-}}.lock; fds+=($fd); if flock -n $fd; then mine+=($d); fi; fi
+    done
+    if [ ${{#mine[@]}} -eq $n ]; then break; fi
+    for fd in ${{fds[@]}}; do exec {{fd}}>&-; done; sleep .$RANDOM
+  done; fi
+  export CUDA_VISIBLE_DEVICES="${{mine[*]}}"
+fi; """ + PAPERMILL
 # for SLURM: memory for the libraries and for batches of px x px, minutes; a retry gets more of both and goes on from the last checkpoint
 COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, study=720)[profile])
 

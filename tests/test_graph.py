@@ -72,15 +72,18 @@ LABELS = {f'labels/resnet10t-freeze-inpainting-labels0.5-fold{f}-draw0' for f in
 SCRATCH = {f'finetune/resnet10t-{r}-fold{f}-seed0' for f in (0, 1) for r in ('none', 'multitask-none', 'none-split_byimage')}
 EVALUATION = {'readiness', 'scorecard', 'evaluation', 'reports'}
 
-def test_times_of_files_and_prose_run_nothing(graph):
+def test_times_of_files_prose_and_the_number_of_gpus_run_nothing(graph):
     "As after a checkout: every source is newer than every result."
     root,*_ = graph
-    undo = change(root, 'nbs/04_finetune.ipynb', 'markdown')
+    undo = change(root, 'nbs/04_finetune.ipynb', 'markdown'); study = (root/'config'/'tiny.yaml').read_text()
     try:
+        (root/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY | dict(gpus=1)))
         for d in ('nbs', 'cxrpaper', 'config'):
             for f in (root/d).iterdir(): os.utime(f)
+        assert planned(root) == {'tables', 'figures', 'representations', *EVALUATION}, 'these read the study file'
+        (root/'config'/'tiny.yaml').write_text(study)
         assert planned(root) == set()
-    finally: undo()
+    finally: undo(); (root/'config'/'tiny.yaml').write_text(study)
 
 @pytest.mark.parametrize('what,expected', [
     (('cxrpaper/tables.py',), {'tables', 'figures', 'representations', 'scorecard', 'evaluation', 'reports'}),
@@ -93,10 +96,16 @@ def test_a_change_of_code_runs_what_depends_on_it(graph, what, expected):
     try: assert planned(root) == expected
     finally: undo()
 
-def test_jobs_at_once_never_share_a_gpu(tmp_path):
-    "Four jobs at once on two GPUs: a training waits until one is free. Who asks for none sees none."
+@pytest.mark.parametrize('without_locks', [False, True])
+def test_jobs_at_once_never_share_a_gpu(tmp_path, without_locks):
+    "Four jobs at once on two GPUs: a training waits until one is free. Who asks for none sees none. Without the locks two would meet."
     root = clone(tmp_path/'clone', .2, gpus=1)
     program(root/'bin'/'nvidia-smi', '#!/bin/sh\necho "GPU 0: Made Up (UUID: GPU-a)\nGPU 1: Made Up (UUID: GPU-b)"\n')
+    if without_locks:
+        assert (text := (root/'Snakefile').read_text()).count('if flock -n $fd;') == 1
+        (root/'Snakefile').write_text(text.replace('if flock -n $fd;', 'if true;'))
+        snakemake(root, '--cores', '4')
+        assert (root/'held-twice').exists(); return
     rc,out = snakemake(root, '--cores', '4')
     assert rc == 0 and not (root/'held-twice').exists(), out[-3000:]
     took = {n: g for n,*g in started(root)}
