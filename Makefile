@@ -6,11 +6,19 @@ SHELL := bash
 PYTHON ?= python3
 PROFILE ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# GPUs here: those of CUDA_VISIBLE_DEVICES where it is set, else all
+GPUS ?= $(shell { if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$$CUDA_VISIBLE_DEVICES" | grep -c .; else nvidia-smi -L 2>/dev/null | grep -c '^GPU'; fi; } || true)
+# where the jobs run: local, or slurm (JOBS at a time at most; PARTITION and ACCOUNT where the cluster asks for them; MORE for any other option of Snakemake)
+EXECUTOR ?= local
+JOBS ?= 100
+WHERE.local = --cores $(CORES) --resources gpu=$(GPUS)
+WHERE.slurm = --executor slurm --jobs $(JOBS) --latency-wait 60 --default-resources mem_mb=8000 runtime=240 $(PARTITION:%=slurm_partition='"%"') $(ACCOUNT:%=slurm_account='"%"')
+WHERE = $(or $(WHERE.$(EXECUTOR)),$(error EXECUTOR=$(EXECUTOR) is not known: local or slurm))
 UV := .uv/bin/uv
 BIN := .venv/bin
 # one `make paper` at a time: the kernel drops flock's lock when a process is killed, Snakemake's own would stay
 LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --conflict-exit-code 75 Snakefile)
-SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock --cores $(CORES) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs
+SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock $(WHERE) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs $(MORE)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := agg
 export PYTHONWARNINGS := ignore
@@ -22,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
-paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, or PROFILE=study on a GPU)
+paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
 

@@ -1,10 +1,14 @@
 # The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
-import shlex
-from cxrpaper.runs import code_modules
+# It runs again when its parameters change, or the code of its notebook or modules (prose and times of files do not count), or what other jobs gave it.
+import functools, json, shlex
+from pathlib import Path
+from snakemake.exceptions import WorkflowError
+from cxrpaper.runs import code_digest, digest
 from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
-study = read_study(config.get('study', 'config/smoke.yaml'))
+STUDY = config.get('study', 'config/smoke.yaml')
+study = read_study(STUDY)
 profile = study['profile']
 RUNS = f"runs/{study['name']}"
 PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here
@@ -15,10 +19,38 @@ PRETRAINING = dict(moco='nbs/03_moco.ipynb', inpainting='nbs/03_inpainting.ipynb
 EVALUATED = evaluated_rows(study) # the first of them in depth
 PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining'], external=EVALUATED and study['readiness']['external']).items() if v and v['phantom'] is not None} # further ones
 def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []
-PAPERMILL = ('export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
-             '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
 
-def code(module): return [f'cxrpaper/{m}.py' for m in code_modules(module)] # it and all that it imports
+# A job that an interrupted study has left running on a cluster is waited for, not doubled.
+PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
+             '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
+CPU = 'export CUDA_VISIBLE_DEVICES=; ' + PAPERMILL # who does not ask for a GPU sees none
+# A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
+GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else
+  IFS=$',\n '; n={resources.gpu}; all=(${{CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/.*UUID: \(GPU-[^)]*\)).*/\1/p')}})
+  if [ ${{#all[@]}} -lt $n ]; then echo "{rule} takes $n GPU, here are ${{#all[@]}} (CUDA_VISIBLE_DEVICES, nvidia-smi)" | tee {log} >&2; exit 1; fi
+  mine=(${{all[@]}}); if [ ! "${{SLURM_JOB_ID-}}" ] || [ ${{#all[@]}} -gt $n ]; then while :; do
+    mine=(); fds=()
+    for d in ${{all[@]}}; do
+      if [ ${{#mine[@]}} -lt $n ]; then exec {{fd}}>.snakemake/gpu-$HOSTNAME-${{d//\//-}}.lock; fds+=($fd); if flock -n $fd; then mine+=($d); fi; fi
+    done
+    if [ ${{#mine[@]}} -eq $n ]; then break; fi
+    for fd in ${{fds[@]}}; do exec {{fd}}>&-; done; sleep .$RANDOM
+  done; fi
+  export CUDA_VISIBLE_DEVICES="${{mine[*]}}"
+fi; """ + PAPERMILL
+# for SLURM: memory for the libraries and for batches of px x px, minutes; a retry gets more of both and goes on from the last checkpoint
+COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, study=720)[profile])
+
+onstart:
+    gpus = workflow.global_resources.get('gpu') # of this machine, as `make paper` counts them
+    if gpus and gpus.value is not None and gpus.value < study['gpus']:
+        raise WorkflowError(f"{STUDY} takes {study['gpus']} GPU a training and this machine has {gpus.value}. "
+                            "Run it on a machine with a GPU or on a cluster (make paper EXECUTOR=slurm), or set gpus: 0 there to train on the CPU.")
+
+@functools.cache
+def code(module): # of the notebook and of the modules it is made of; a parameter, since inputs are compared by their times and whole text
+    nb, = Path('nbs').glob(f'??_{module}.ipynb')
+    return digest([code_digest(module), [c['source'] for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'code']])
 
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
@@ -27,121 +59,122 @@ rule all:
 
 if PHANTOM:
     rule phantom:
-        input: nb='nbs/00_phantom.ipynb', code=code('phantom')
+        input: nb=ancient('nbs/00_phantom.ipynb')
         output: f'{RUNS}/phantom.ipynb'
-        params: y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
+        params: code=code('phantom'), y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
         log: f'{RUNS}/logs/phantom.log'
         threads: 2
-        shell: PAPERMILL
+        shell: CPU
 
 rule cohort:
-    input: nb='nbs/01_cohort.ipynb', code=code('cohort'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
+    input: nb=ancient('nbs/01_cohort.ipynb'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
-    params: y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/cohort')
+    params: code=code('cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
-    shell: PAPERMILL
+    shell: CPU
 
 rule store:
-    input: nb='nbs/01_store.ipynb', code=code('store'), data=f'{RUNS}/cohort.ipynb'
+    input: nb=ancient('nbs/01_store.ipynb'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/store.ipynb'
-    params: y=yaml_for(**DATA, px=study['px'])
+    params: code=code('store'), y=yaml_for(**DATA, px=study['px'])
     log: f'{RUNS}/logs/store.log'
     threads: 2
-    shell: PAPERMILL
+    shell: CPU
 
 rule floors:
-    input: nb='nbs/04_floors.ipynb', code=code('floors'), data=f'{RUNS}/cohort.ipynb'
+    input: nb=ancient('nbs/04_floors.ipynb'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/floors.ipynb'
-    params: y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/floors')
+    params: code=code('floors'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/floors')
     log: f'{RUNS}/logs/floors.log'
-    shell: PAPERMILL
+    shell: CPU
 
 if PHANTOMS:
     rule further_phantom:
-        input: nb='nbs/00_phantom.ipynb', code=code('phantom')
+        input: nb=ancient('nbs/00_phantom.ipynb')
         output: f'{RUNS}/{{which}}_phantom.ipynb'
         wildcard_constraints: which='|'.join(PHANTOMS)
-        params: y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
+        params: code=code('phantom'), y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
         log: f'{RUNS}/logs/{{which}}_phantom.log'
-        shell: PAPERMILL
+        shell: CPU
 
 rule pretrain:
-    input: nb=lambda w: PRETRAINING[w.method], data=[f'{RUNS}/store.ipynb'] + made('pretraining'),
-           code=lambda w: code(w.method)
+    input: nb=lambda w: ancient(PRETRAINING[w.method]), data=[f'{RUNS}/store.ipynb'] + made('pretraining')
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
     wildcard_constraints: method='|'.join(PRETRAINING)
-    params: y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
+    params: code=lambda w: code(w.method), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
     log: f'{RUNS}/logs/{{method}}/{{arch}}.log'
     threads: study['threads']
-    resources: gpu=study['gpus']
-    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/{{wildcards.method}}/.{{wildcards.arch}}.ipynb')
+    resources: **COST
+    retries: 2
+    shell: GPU.replace('{output}.tmp', f'{RUNS}/{{wildcards.method}}/.{{wildcards.arch}}.ipynb')
 
 # the models of the grid, in finetune/ those of Tables 2 to 4, in labels/ those of Table 6
 rule finetune:
-    input: nb='nbs/04_finetune.ipynb', data=f'{RUNS}/store.ipynb',
-           weights=lambda w: [f'{f}/pretraining.ipynb' for f in [MODELS[f'{RUNS}/{w.kind}/{w.name}'].get('weights')] if f],
-           code=code('finetune')
+    input: nb=ancient('nbs/04_finetune.ipynb'), data=f'{RUNS}/store.ipynb',
+           weights=lambda w: [f'{f}/pretraining.ipynb' for f in [MODELS[f'{RUNS}/{w.kind}/{w.name}'].get('weights')] if f]
     output: f'{RUNS}/{{kind}}/{{name}}/04_finetune.ipynb'
     wildcard_constraints: kind='finetune|labels'
-    params: y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/{w.kind}/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/{w.kind}/{w.name}')
+    params: code=code('finetune'), y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/{w.kind}/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/{w.kind}/{w.name}')
     log: f'{RUNS}/logs/{{kind}}/{{name}}.log'
     threads: study['threads']
-    resources: gpu=study['gpus']
-    shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
+    resources: **COST
+    retries: 2
+    shell: GPU.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb='nbs/06_tables.ipynb', code=code('tables'), study=config.get('study', 'config/smoke.yaml'),
+    input: nb=ancient('nbs/06_tables.ipynb'), study=STUDY,
            floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+    params: code=code('tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/tables.log'
-    shell: PAPERMILL
+    shell: CPU
 
 rule figures:
-    input: nb='nbs/07_figures.ipynb', code=code('figures'),
-           study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
+    input: nb=ancient('nbs/07_figures.ipynb'),
+           study=STUDY, floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/figures.ipynb'
-    params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+    params: code=code('figures'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/figures.log'
-    shell: PAPERMILL
+    shell: CPU
 
 if PRETRAINED:
     rule representations:
-        input: nb='nbs/07_representations.ipynb', code=code('representations'),
-               study=config.get('study', 'config/smoke.yaml'), models=[f'{m}/pretraining.ipynb' for m in PRETRAINED]
+        input: nb=ancient('nbs/07_representations.ipynb'),
+               study=STUDY, models=[f'{m}/pretraining.ipynb' for m in PRETRAINED]
         output: f'{RUNS}/representations.ipynb'
-        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        params: code=code('representations'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/representations.log'
-        shell: PAPERMILL
+        shell: CPU
 
 if EVALUATED:
     rule readiness:
-        input: nb='nbs/05_readiness.ipynb', code=code('readiness'), study=config.get('study', 'config/smoke.yaml'), floors=f'{RUNS}/floors.ipynb', external=made('external'),
+        input: nb=ancient('nbs/05_readiness.ipynb'), study=STUDY, floors=f'{RUNS}/floors.ipynb', external=made('external'),
                models=[f'{m}/04_finetune.ipynb' for row in [*EVALUATED, *leaking_rows(study).values()] for m in row_runs(study, row)]
         output: f'{RUNS}/readiness.ipynb'
-        params: y=lambda w, input: yaml_for(study=input.study, missing='error')
+        params: code=code('readiness'), y=yaml_for(study=STUDY, missing='error')
         log: f'{RUNS}/logs/readiness.log'
         threads: study['threads']
-        resources: gpus=study['gpus']
-        shell: PAPERMILL
+        resources: **COST
+        retries: 2
+        shell: GPU
 
     rule scorecard:
-        input: nb='nbs/06_scorecard.ipynb', code=code('scorecard'), study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/readiness.ipynb'
+        input: nb=ancient('nbs/06_scorecard.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/scorecard.ipynb'
-        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        params: code=code('scorecard'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/scorecard.log'
-        shell: PAPERMILL
+        shell: CPU
 
     rule evaluation:
-        input: nb='nbs/07_evaluation.ipynb', code=code('evaluation'), study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/readiness.ipynb'
+        input: nb=ancient('nbs/07_evaluation.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/evaluation.ipynb'
-        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        params: code=code('evaluation'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/evaluation.log'
-        shell: PAPERMILL
+        shell: CPU
 
     rule reports: # last, since what they point at must be there
-        input: nb='nbs/06_reports.ipynb', code=code('reports'), study=config.get('study', 'config/smoke.yaml'), data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
+        input: nb=ancient('nbs/06_reports.ipynb'), study=STUDY, data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
         output: f'{RUNS}/reports.ipynb'
-        params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+        params: code=code('reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
-        shell: PAPERMILL
+        shell: CPU
