@@ -145,3 +145,11 @@ if EVALUATED:
         params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: PAPERMILL
+
+# by hand, before anything else: `snakemake runs/study/data.ipynb --config study=config/study.yaml` holds the copy at data_root against what is published (01_download tells how to get it)
+rule data:
+    input: nb='nbs/01_download.ipynb', code=code('download')
+    output: f'{RUNS}/data.ipynb'
+    params: y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
+    log: f'{RUNS}/logs/data.log'
+    shell: PAPERMILL
