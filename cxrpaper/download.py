@@ -8,7 +8,7 @@ __all__ = ['GB', 'CORPORA', 'SURVEYS', 'MANIFEST', 'JOURNAL', 'disk_needed', 'ch
            'survey_chestxray14', 'survey_chexpert', 'check_files', 'whole_picture', 'read_each', 'verify_corpus',
            'corpus_files', 'journal_lines', 'hash_files', 'write_manifest', 'check_manifest', 'require']
 
-# %% ../nbs/01_download.ipynb #1074bf3a
+# %% ../nbs/01_download.ipynb #6753fbaf
 import json, os, shutil, subprocess, sys, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -19,22 +19,22 @@ from .cohort import CLASSES, header_facts, picture_size, read_rows, siim_labels
 from .dicom import verify_tree
 from .runs import InputError, atomic, digest, file_digest, resolve, show_path, write_csv
 
-# %% ../nbs/01_download.ipynb #09399504
+# %% ../nbs/01_download.ipynb #2d58e668
 GB = 10**9
 CORPORA = dict(
-    siim=dict(title='SIIM-FISABIO-RSNA COVID-19', home='https://www.kaggle.com/c/siim-covid19-detection', competition='siim-covid19-detection',
+    siim=dict(title='SIIM-FISABIO-RSNA COVID-19', home='https://www.kaggle.com/c/siim-covid19-detection', competition='siim-covid19-detection', folder='data/siim-covid19-detection',
         terms='academic and other non-commercial use, under rules that each user accepts at https://www.kaggle.com/c/siim-covid19-detection/rules',
         bytes=dict(archive=128_510_000_000, unpacked=115_543_391_046),
         tables={'train_study_level.csv': ('8ea7cad42f16ee7c666ca35b0b1e4af7a12cfbc43d56365fa3fb83437ec26f64', '1e7148e18be14cd2e2008b0cf1e1cc9ee76d912eba5c413eb52516f505445d60'), # SHA-256 of the file, and of its content (`table_content`)
                 'train_image_level.csv': ('f0bf1fef59ec513555f260c3a30ded8a189656402b24e9da69b02108bb99094f', '298ddbbaa10eca800343fb0fe122fe4ef5e0c269c5d9e858c355b0bf511062c1')},
         counts={'images': 6334, 'studies': 6054, **{f'{k} images': n for k,n in zip(CLASSES, (1736, 3007, 1108, 483))}, **{f'{k} studies': n for k,n in zip(CLASSES, (1676, 2855, 1049, 474))},
                 'images with boxes': 4294, 'boxes': 7853, 'patients': 3261}),
-    chestxray14=dict(title='NIH ChestX-ray14', home='https://nihcc.app.box.com/v/ChestXray-NIHCC', terms='no restriction; cite Wang et al. 2017 and name the NIH Clinical Center',
+    chestxray14=dict(title='NIH ChestX-ray14', home='https://nihcc.app.box.com/v/ChestXray-NIHCC', folder='data/chestxray14', terms='no restriction; cite Wang et al. 2017 and name the NIH Clinical Center',
         bytes=dict(unpacked=45*GB), tables={}, counts={'images': 112_120, 'patients': 30_805}),
-    chexpert=dict(title='CheXpert', home='https://stanfordmlgroup.github.io/competitions/chexpert', terms='Stanford research use agreement, accepted by each user; no commercial use',
+    chexpert=dict(title='CheXpert', home='https://stanfordmlgroup.github.io/competitions/chexpert', folder='data/chexpert', terms='Stanford research use agreement, accepted by each user; no commercial use',
         bytes=dict(unpacked=439*GB), tables={}, counts={'training images': 223_414, 'validation images': 234, 'frontal images': 191_027 + 202, 'patients': 64_540 + 200}))
 
-# %% ../nbs/01_download.ipynb #b04b98f6
+# %% ../nbs/01_download.ipynb #75548d3a
 def disk_needed(corpus:str='siim',
                 have:int=0 # bytes of the archive that are already there
                ) -> dict:  # part -> bytes
@@ -55,7 +55,7 @@ def check_room(parts:dict # folder -> bytes; folders on one disk are added up
             raise InputError(f'{need/GB:,.1f} GB are needed, {have/GB:,.1f} GB are free', file=show_path(there), cure='free some space, or give a folder on another disk (root and archive may lie on two)')
     return free
 
-# %% ../nbs/01_download.ipynb #6ed58a6f
+# %% ../nbs/01_download.ipynb #d4a224b4
 def kaggle_fault(said:str # what the tool wrote
                 ) -> tuple: # problem, cure
     "Why Kaggle's tool failed, in words, and what to do."
@@ -81,8 +81,9 @@ def run_kaggle(folder:Path, competition:str, progress:bool=False # hand on what 
     problem,cure = kaggle_fault(said.decode(errors='replace').replace('\r', '\n').strip()) if p.returncode else (f'`kaggle` ended well, but there is no {archive.name}', 'update it: pip install --upgrade kaggle')
     raise InputError(problem, file=show_path(archive), cure=cure)
 
-# %% ../nbs/01_download.ipynb #6cefd07c
-def is_member(archive:Path, root:Path, info) -> bool:
+# %% ../nbs/01_download.ipynb #9cd97308
+def is_member(root:Path, info # zipfile.ZipInfo
+             ) -> bool:
     "Does the file of this member lie below `root`, with its size and CRC?"
     file = root/info.filename
     if not file.is_file() or file.stat().st_size != info.file_size: return False
@@ -104,11 +105,11 @@ def members(archive:Path,
     if not found: raise InputError(f'nothing in it begins with {", ".join(wanted)}', file=show_path(archive), cure='this is not the archive of the competition')
     return found
 
-# %% ../nbs/01_download.ipynb #7e036f90
+# %% ../nbs/01_download.ipynb #e50c158d
 def unpack(archive:Path, root:Path, progress:bool=False) -> int: # files written
     "Unpack what is not there yet, each file whole or not at all; InputError that counts the members that fail their CRC and names the first."
     found = members(archive)
-    todo = [i for i in tqdm(found, 'checking', disable=not progress, file=sys.stderr, leave=False) if not is_member(archive, root, i)]
+    todo = [i for i in tqdm(found, 'checking', disable=not progress, file=sys.stderr, leave=False) if not is_member(root, i)]
     check_room({root: sum(i.file_size for i in todo)})
     bad = []
     with zipfile.ZipFile(archive) as z, tqdm(total=sum(i.file_size for i in todo), desc='unpacking', unit='B', unit_scale=True, disable=not progress, file=sys.stderr, leave=False) as bar:
@@ -136,7 +137,7 @@ def download_siim(root,              # folder that shall hold train/ and the tab
     unpack(run_kaggle(folder, name, progress), root, progress)
     return root
 
-# %% ../nbs/01_download.ipynb #0057a45c
+# %% ../nbs/01_download.ipynb #a9804182
 def table_content(path # of a csv file
                  ) -> str: # 64 hex digits
     "SHA-256 of what a table says, whatever its line ends, quotes, byte-order mark and order of rows."
@@ -156,7 +157,7 @@ def check_table(file:Path, published:tuple, # SHA-256 of the file and of its con
     if same: return _row(name, published[0][:12], 'saved again: other bytes, the same rows', True)
     return _row(name, published[0][:12], 'a part of it, or changed' if partial else 'changed: other rows', partial, cure)
 
-# %% ../nbs/01_download.ipynb #9472dc2a
+# %% ../nbs/01_download.ipynb #566b6a61
 def survey_siim(root:Path) -> tuple: # counts, keys that the tables list, key -> files on the disk
     "SIIM: a file is known by its study and its name."
     table,labels = siim_labels(root)
@@ -177,23 +178,23 @@ def survey_chestxray14(root:Path) -> tuple:
     for f in sorted(root.glob('images*/**/*.png')): found.setdefault(f.name, []).append(f)
     return {'images': t['Image Index'].nunique(), 'patients': t['Patient ID'].nunique()}, list(t['Image Index'].unique()), found
 
-# %% ../nbs/01_download.ipynb #68855f2c
+# %% ../nbs/01_download.ipynb #f9d6f0f2
 def survey_chexpert(root:Path) -> tuple:
     "CheXpert: a file is known by its path below train/ or valid/."
     home = next((p.parent for p in (root/'train.csv', *sorted(root.glob('CheXpert*/train.csv'))) if p.exists()), root)
-    tables = {k: read_rows(home/f'{k}.csv') for k in ('train', 'valid')}
+    tables = {k: read_rows(home/f'{k}.csv') for k in ('train', 'valid') if k == 'train' or (home/f'{k}.csv').exists()}
     for t in tables.values():
         for c in ('Path', 'Frontal/Lateral'):
             if c not in t: raise InputError('missing column', file=t.attrs['file'], field=f'column {c}', cure='use the table as it was released')
     t = pd.concat(tables)
     keys = t.Path.str.extract(r'((?:train|valid)/.+)$')[0].fillna(t.Path)
     frontal = (t['Frontal/Lateral'] == 'Frontal').values
-    counts = {'training images': len(tables['train']), 'validation images': len(tables['valid']), 'frontal images': int(frontal.sum()), 'patients': keys.str.extract(r'(patient\d+)')[0].nunique()}
+    counts = {'training images': len(tables['train']), 'validation images': len(tables.get('valid', ())), 'frontal images': int(frontal.sum()), 'patients': keys.str.extract(r'(patient\d+)')[0].nunique()}
     lateral = set(keys[~frontal]) # listed, not used: neither missing nor additional
     found = {k: [f] for f in sorted((*home.glob('train/**/*.jpg'), *home.glob('valid/**/*.jpg'))) if (k := f.relative_to(home).as_posix()) not in lateral}
     return counts, list(keys[frontal]), found
 
-# %% ../nbs/01_download.ipynb #776f0c7c
+# %% ../nbs/01_download.ipynb #0db62b0a
 def _named(items:list, n:int=3): return ', '.join(map(str, items[:n])) + (f' and {len(items) - n:,} more' if len(items) > n else '')
 
 def check_files(listed:list, # keys of the tables' rows
@@ -206,7 +207,7 @@ def check_files(listed:list, # keys of the tables' rows
               ('files without a row', [k for k in found if k not in known], 'remove what does not belong to the corpus, or restore the tables'))
     return [_row(check, 0, f'{len(bad):,}: {_named(bad)}' if bad else 0, not bad, cure) for check,bad,cure in faults]
 
-# %% ../nbs/01_download.ipynb #35b0b204
+# %% ../nbs/01_download.ipynb #6f5f3838
 def whole_picture(path # of a PNG or JPEG
                  ) -> dict:
     "Its size; InputError where it is no picture or its end is missing."
@@ -226,7 +227,7 @@ def read_each(read, files:list, workers:int=4, progress:bool=False) -> tuple: # 
         all_ = list(tqdm(pool.map(one, files), total=len(files), disable=not progress, file=sys.stderr, leave=False, desc='reading'))
     return [r for r in all_ if not isinstance(r, Exception)], [(f, r) for f,r in zip(files, all_) if isinstance(r, Exception)]
 
-# %% ../nbs/01_download.ipynb #d0f76dd2
+# %% ../nbs/01_download.ipynb #53730b32
 SURVEYS = dict(siim=survey_siim, chestxray14=survey_chestxray14, chexpert=survey_chexpert)
 
 def verify_corpus(root, corpus:str='siim',
@@ -245,7 +246,7 @@ def verify_corpus(root, corpus:str='siim',
     files = [f for fs in found.values() for f in fs]
     read,bad = read_each(header_facts if corpus == 'siim' else whole_picture, files, workers, progress)
     if corpus == 'siim': counts['patients'] = len({r['patient'] for r in read})
-    for k,n in facts['counts'].items(): rows.append(_row(k, f'up to {n:,}' if partial else f'{n:,}', f'{counts[k]:,}', counts[k] == n or partial and 0 < counts[k] < n, 'restore tables and files from the source, or say that it is a part (partial)'))
+    for k,n in facts['counts'].items(): rows.append(_row(k, f'up to {n:,}' if partial else f'{n:,}', f'{counts[k]:,}', counts[k] == n or partial and counts[k] < n, 'restore tables and files from the source, or say that it is a part (partial)'))
     rows += check_files(listed, found)
     rows.append(_row('every file can be read', f'{len(files):,}', _named([f'{f.relative_to(root).as_posix()} ({getattr(e, "problem", e)})' for f,e in bad]) if bad else f'{len(read):,}', files and not bad, 'copy them again from the source'))
     if pixels and corpus == 'siim' and files:
@@ -253,7 +254,7 @@ def verify_corpus(root, corpus:str='siim',
         rows.append(_row('every radiograph can be decoded', f'{len(files):,}', _named([f'{r.path} ({r.error})' for r in t.itertuples()]) if len(t) else f'{len(files):,}', not len(t), 'copy them again from the source'))
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_download.ipynb #f5172e39
+# %% ../nbs/01_download.ipynb #d3462650
 MANIFEST, JOURNAL = 'manifest.csv', 'manifest.partial'
 
 def corpus_files(root:Path) -> list: # paths relative to root, sorted
@@ -268,7 +269,7 @@ def journal_lines(file:Path) -> dict: # path -> (size, mtime in ns, sha256)
     parts = [line.split('\t') for line in lines]
     return {p[3]: (int(p[0]), int(p[1]), p[2]) for p in parts if len(p) == 4 and p[0].isdigit() and p[1].isdigit() and len(p[2]) == 64}
 
-# %% ../nbs/01_download.ipynb #094346b7
+# %% ../nbs/01_download.ipynb #2e7b118b
 def hash_files(root:Path, paths:list, journal:Path=None, # None: nothing is noted
                workers:int=4, progress:bool=False) -> dict: # path -> (size, mtime, sha256)
     "Size and digest of files, in threads; what the journal has of unchanged files is not read again."
@@ -298,7 +299,7 @@ def write_manifest(root, workers:int=4, progress:bool=False) -> Path:
     (root/JOURNAL).unlink()
     return root/MANIFEST
 
-# %% ../nbs/01_download.ipynb #18af2fe2
+# %% ../nbs/01_download.ipynb #c9204f99
 def check_manifest(root, digests:bool=True,  # False: names and sizes only, in seconds
                    workers:int=4, progress:bool=False) -> pd.DataFrame: # columns path, problem; empty where all is well
     "The files that are missing, additional, truncated or changed since the manifest was written."
@@ -313,7 +314,7 @@ def check_manifest(root, digests:bool=True,  # False: names and sizes only, in s
         bad |= {p: 'changed: the same size, other bytes' for p,(*_,sha) in hash_files(root, rest, None, workers, progress).items() if sha != t.sha256[p]}
     return pd.DataFrame(sorted(bad.items()), columns=['path', 'problem'])
 
-# %% ../nbs/01_download.ipynb #3bdc7923
+# %% ../nbs/01_download.ipynb #c8c9cf3f
 def require(checks:pd.DataFrame, # of `verify_corpus`
             root):
     "InputError that lists the checks that a folder did not pass."

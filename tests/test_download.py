@@ -218,8 +218,11 @@ def test_own_copies(tmp_path, corpus):
 
 def test_a_missing_table_and_a_missing_column(tmp_path):
     write_chexpert(tmp_path); (tmp_path/'valid.csv').unlink()
-    t = verify_corpus(tmp_path, 'chexpert')
-    assert not t.ok.all() and 'valid.csv' in t.found.iloc[0]
+    t = verify_corpus(tmp_path, 'chexpert', facts=dict(tables={}, counts={'training images': 6, 'validation images': 2})).set_index('check')
+    assert t.found['validation images'] == '0' and not t.ok['validation images'] and 'files without a row' in t.index[~t.ok]
+    shutil.rmtree(tmp_path/'valid'); assert verify_corpus(tmp_path, 'chexpert', partial=True).ok.all() and len(read_chexpert(tmp_path).images) == 3
+    (tmp_path/'train.csv').unlink(); t = verify_corpus(tmp_path, 'chexpert')
+    assert not t.ok.any() and 'train.csv: no such file' in t.found.iloc[0]
     write_chestxray14(tmp_path); f = tmp_path/'Data_Entry_2017.csv'; f.write_text(f.read_text().replace('Patient ID', 'Patient'))
     assert 'column Patient ID' in verify_corpus(tmp_path, 'chestxray14').found.iloc[0]
 
@@ -272,3 +275,16 @@ def test_manifest_itself_is_checked(folder):
     write_manifest(folder); f = folder/'manifest.csv'; f.write_text(f.read_text().replace('sha256', 'md5', 1))
     assert 'column' in told(lambda: check_manifest(folder)).field
     assert 'no files' in told(lambda: write_manifest(folder/'train'/'none')).problem
+
+# ---- the notebook as a command line ----------------------------------------------------------------------------------------
+
+def papermill(out, **params):
+    from cxrpaper.study import papermill_yaml
+    return subprocess.run([Path(sys.executable).parent/'papermill', '--no-progress-bar', 'nbs/01_download.ipynb', out, '-y', papermill_yaml(params)], cwd=project_root(), capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
+
+def test_a_file_that_changed_since_the_manifest_ends_the_notebook(tmp_path):
+    root = tmp_path/'nih'; root.mkdir(); write_chestxray14(root); write_manifest(root)
+    f = sorted(root.rglob('*.png'))[3]; b = bytearray(f.read_bytes()); b[-40] ^= 1; f.write_bytes(b)
+    p = papermill(tmp_path/'out.ipynb', corpus='chestxray14', root=str(root), partial=True)
+    assert p.returncode and f'{f.relative_to(root).as_posix()} (changed: the same size, other bytes)' in p.stderr

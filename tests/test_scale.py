@@ -92,4 +92,9 @@ def test_all_of_siim(tmp_path_factory, request):
     assert not audit_leaks(t, t.fold.values).leaked.any() and audit_leaks(t, t.fold_image.values).set_index('level').share['patient'] > .5
     store = open_store(d/'stores'/'all')
     assert len(store) == 6117 and store.index.image.tolist() == t.image.tolist() and store.intact()
+
+    for name in CORPORA['siim']['tables']: shutil.copy(SOURCE/name, root/name) # the published bytes again: now everything that is checked is as published
+    real = verify_corpus(root)
+    assert real.ok.all(), real[~real.ok]
+    assert set(check_manifest(root, digests=False).path) == {'train_image_level.csv'}
     shutil.rmtree(root)
