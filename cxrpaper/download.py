@@ -8,7 +8,7 @@ __all__ = ['GB', 'CORPORA', 'SURVEYS', 'MANIFEST', 'JOURNAL', 'disk_needed', 'ch
            'survey_chestxray14', 'survey_chexpert', 'check_files', 'whole_picture', 'read_each', 'verify_corpus',
            'corpus_files', 'journal_lines', 'hash_files', 'write_manifest', 'check_manifest', 'require']
 
-# %% ../nbs/01_download.ipynb #6753fbaf
+# %% ../nbs/01_download.ipynb #c0a14af4
 import json, os, shutil, subprocess, sys, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from .cohort import CLASSES, header_facts, picture_size, read_rows, siim_labels
 from .dicom import verify_tree
 from .runs import InputError, atomic, digest, file_digest, resolve, show_path, write_csv
 
-# %% ../nbs/01_download.ipynb #2d58e668
+# %% ../nbs/01_download.ipynb #bdf2096f
 GB = 10**9
 CORPORA = dict(
     siim=dict(title='SIIM-FISABIO-RSNA COVID-19', home='https://www.kaggle.com/c/siim-covid19-detection', competition='siim-covid19-detection', folder='data/siim-covid19-detection',
@@ -34,7 +34,7 @@ CORPORA = dict(
     chexpert=dict(title='CheXpert', home='https://stanfordmlgroup.github.io/competitions/chexpert', folder='data/chexpert', terms='Stanford research use agreement, accepted by each user; no commercial use',
         bytes=dict(unpacked=439*GB), tables={}, counts={'training images': 223_414, 'validation images': 234, 'frontal images': 191_027 + 202, 'patients': 64_540 + 200}))
 
-# %% ../nbs/01_download.ipynb #75548d3a
+# %% ../nbs/01_download.ipynb #86e551af
 def disk_needed(corpus:str='siim',
                 have:int=0 # bytes of the archive that are already there
                ) -> dict:  # part -> bytes
@@ -55,7 +55,7 @@ def check_room(parts:dict # folder -> bytes; folders on one disk are added up
             raise InputError(f'{need/GB:,.1f} GB are needed, {have/GB:,.1f} GB are free', file=show_path(there), cure='free some space, or give a folder on another disk (root and archive may lie on two)')
     return free
 
-# %% ../nbs/01_download.ipynb #d4a224b4
+# %% ../nbs/01_download.ipynb #ddfea3c6
 def kaggle_fault(said:str # what the tool wrote
                 ) -> tuple: # problem, cure
     "Why Kaggle's tool failed, in words, and what to do."
@@ -81,7 +81,7 @@ def run_kaggle(folder:Path, competition:str, progress:bool=False # hand on what 
     problem,cure = kaggle_fault(said.decode(errors='replace').replace('\r', '\n').strip()) if p.returncode else (f'`kaggle` ended well, but there is no {archive.name}', 'update it: pip install --upgrade kaggle')
     raise InputError(problem, file=show_path(archive), cure=cure)
 
-# %% ../nbs/01_download.ipynb #9cd97308
+# %% ../nbs/01_download.ipynb #4d93e717
 def is_member(root:Path, info # zipfile.ZipInfo
              ) -> bool:
     "Does the file of this member lie below `root`, with its size and CRC?"
@@ -105,7 +105,7 @@ def members(archive:Path,
     if not found: raise InputError(f'nothing in it begins with {", ".join(wanted)}', file=show_path(archive), cure='this is not the archive of the competition')
     return found
 
-# %% ../nbs/01_download.ipynb #e50c158d
+# %% ../nbs/01_download.ipynb #b9c9af13
 def unpack(archive:Path, root:Path, progress:bool=False) -> int: # files written
     "Unpack what is not there yet, each file whole or not at all; InputError that counts the members that fail their CRC and names the first."
     found = members(archive)
@@ -122,6 +122,7 @@ def unpack(archive:Path, root:Path, progress:bool=False) -> int: # files written
                              cure='move the archive away and download it again; what was unpacked is whole and stays')
     return len(todo)
 
+# %% ../nbs/01_download.ipynb #7d793906
 def download_siim(root,              # folder that shall hold train/ and the tables
                   archive=None,      # folder of the zip file; None: root
                   room:dict=None,    # bytes of archive and unpacked; None: `disk_needed`
@@ -137,7 +138,7 @@ def download_siim(root,              # folder that shall hold train/ and the tab
     unpack(run_kaggle(folder, name, progress), root, progress)
     return root
 
-# %% ../nbs/01_download.ipynb #a9804182
+# %% ../nbs/01_download.ipynb #bd623926
 def table_content(path # of a csv file
                  ) -> str: # 64 hex digits
     "SHA-256 of what a table says, whatever its line ends, quotes, byte-order mark and order of rows."
@@ -157,7 +158,7 @@ def check_table(file:Path, published:tuple, # SHA-256 of the file and of its con
     if same: return _row(name, published[0][:12], 'saved again: other bytes, the same rows', True)
     return _row(name, published[0][:12], 'a part of it, or changed' if partial else 'changed: other rows', partial, cure)
 
-# %% ../nbs/01_download.ipynb #566b6a61
+# %% ../nbs/01_download.ipynb #7c2629b8
 def survey_siim(root:Path) -> tuple: # counts, keys that the tables list, key -> files on the disk
     "SIIM: a file is known by its study and its name."
     table,labels = siim_labels(root)
@@ -178,7 +179,7 @@ def survey_chestxray14(root:Path) -> tuple:
     for f in sorted(root.glob('images*/**/*.png')): found.setdefault(f.name, []).append(f)
     return {'images': t['Image Index'].nunique(), 'patients': t['Patient ID'].nunique()}, list(t['Image Index'].unique()), found
 
-# %% ../nbs/01_download.ipynb #f9d6f0f2
+# %% ../nbs/01_download.ipynb #fddca503
 def survey_chexpert(root:Path) -> tuple:
     "CheXpert: a file is known by its path below train/ or valid/."
     home = next((p.parent for p in (root/'train.csv', *sorted(root.glob('CheXpert*/train.csv'))) if p.exists()), root)
@@ -194,7 +195,7 @@ def survey_chexpert(root:Path) -> tuple:
     found = {k: [f] for f in sorted((*home.glob('train/**/*.jpg'), *home.glob('valid/**/*.jpg'))) if (k := f.relative_to(home).as_posix()) not in lateral}
     return counts, list(keys[frontal]), found
 
-# %% ../nbs/01_download.ipynb #0db62b0a
+# %% ../nbs/01_download.ipynb #74989bc3
 def _named(items:list, n:int=3): return ', '.join(map(str, items[:n])) + (f' and {len(items) - n:,} more' if len(items) > n else '')
 
 def check_files(listed:list, # keys of the tables' rows
@@ -207,7 +208,7 @@ def check_files(listed:list, # keys of the tables' rows
               ('files without a row', [k for k in found if k not in known], 'remove what does not belong to the corpus, or restore the tables'))
     return [_row(check, 0, f'{len(bad):,}: {_named(bad)}' if bad else 0, not bad, cure) for check,bad,cure in faults]
 
-# %% ../nbs/01_download.ipynb #6f5f3838
+# %% ../nbs/01_download.ipynb #2d7b6086
 def whole_picture(path # of a PNG or JPEG
                  ) -> dict:
     "Its size; InputError where it is no picture or its end is missing."
@@ -227,7 +228,7 @@ def read_each(read, files:list, workers:int=4, progress:bool=False) -> tuple: # 
         all_ = list(tqdm(pool.map(one, files), total=len(files), disable=not progress, file=sys.stderr, leave=False, desc='reading'))
     return [r for r in all_ if not isinstance(r, Exception)], [(f, r) for f,r in zip(files, all_) if isinstance(r, Exception)]
 
-# %% ../nbs/01_download.ipynb #53730b32
+# %% ../nbs/01_download.ipynb #391b5156
 SURVEYS = dict(siim=survey_siim, chestxray14=survey_chestxray14, chexpert=survey_chexpert)
 
 def verify_corpus(root, corpus:str='siim',
@@ -254,7 +255,7 @@ def verify_corpus(root, corpus:str='siim',
         rows.append(_row('every radiograph can be decoded', f'{len(files):,}', _named([f'{r.path} ({r.error})' for r in t.itertuples()]) if len(t) else f'{len(files):,}', not len(t), 'copy them again from the source'))
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_download.ipynb #d3462650
+# %% ../nbs/01_download.ipynb #e0c157b8
 MANIFEST, JOURNAL = 'manifest.csv', 'manifest.partial'
 
 def corpus_files(root:Path) -> list: # paths relative to root, sorted
@@ -269,7 +270,7 @@ def journal_lines(file:Path) -> dict: # path -> (size, mtime in ns, sha256)
     parts = [line.split('\t') for line in lines]
     return {p[3]: (int(p[0]), int(p[1]), p[2]) for p in parts if len(p) == 4 and p[0].isdigit() and p[1].isdigit() and len(p[2]) == 64}
 
-# %% ../nbs/01_download.ipynb #2e7b118b
+# %% ../nbs/01_download.ipynb #ab09b5d4
 def hash_files(root:Path, paths:list, journal:Path=None, # None: nothing is noted
                workers:int=4, progress:bool=False) -> dict: # path -> (size, mtime, sha256)
     "Size and digest of files, in threads; what the journal has of unchanged files is not read again."
@@ -288,6 +289,7 @@ def hash_files(root:Path, paths:list, journal:Path=None, # None: nothing is note
         if note: note.close()
     return out
 
+# %% ../nbs/01_download.ipynb #45d38da6
 def write_manifest(root, workers:int=4, progress:bool=False) -> Path:
     "Size and SHA-256 of every file of a corpus; goes on where an earlier call was stopped."
     root = resolve(root)
@@ -299,7 +301,7 @@ def write_manifest(root, workers:int=4, progress:bool=False) -> Path:
     (root/JOURNAL).unlink()
     return root/MANIFEST
 
-# %% ../nbs/01_download.ipynb #c9204f99
+# %% ../nbs/01_download.ipynb #fc7b7b41
 def check_manifest(root, digests:bool=True,  # False: names and sizes only, in seconds
                    workers:int=4, progress:bool=False) -> pd.DataFrame: # columns path, problem; empty where all is well
     "The files that are missing, additional, truncated or changed since the manifest was written."
@@ -314,7 +316,7 @@ def check_manifest(root, digests:bool=True,  # False: names and sizes only, in s
         bad |= {p: 'changed: the same size, other bytes' for p,(*_,sha) in hash_files(root, rest, None, workers, progress).items() if sha != t.sha256[p]}
     return pd.DataFrame(sorted(bad.items()), columns=['path', 'problem'])
 
-# %% ../nbs/01_download.ipynb #c8c9cf3f
+# %% ../nbs/01_download.ipynb #91ad0efd
 def require(checks:pd.DataFrame, # of `verify_corpus`
             root):
     "InputError that lists the checks that a folder did not pass."
