@@ -178,3 +178,11 @@ if EVALUATED:
         params: code=code('reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: CPU
+
+# by hand, before anything else: `snakemake runs/study/data.ipynb --config study=config/study.yaml` holds the copy at data_root against what is published (01_download tells how to get it)
+rule data:
+    input: nb=ancient('nbs/01_download.ipynb')
+    output: f'{RUNS}/data.ipynb'
+    params: code=code('download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
+    log: f'{RUNS}/logs/data.log'
+    shell: CPU
