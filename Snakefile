@@ -90,7 +90,7 @@ rule finetune:
     shell: PAPERMILL.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb='nbs/06_tables.ipynb', code=code('tables'), study=config.get('study', 'config/smoke.yaml'),
+    input: nb='nbs/06_tables.ipynb', code=code('tables'), study=config.get('study', 'config/smoke.yaml'), reported='config/reported.csv',
            floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
     params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
@@ -126,7 +126,7 @@ if EVALUATED:
         shell: PAPERMILL
 
     rule scorecard:
-        input: nb='nbs/06_scorecard.ipynb', code=code('scorecard'), study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/readiness.ipynb'
+        input: nb='nbs/06_scorecard.ipynb', code=code('scorecard'), study=config.get('study', 'config/smoke.yaml'), reported='config/reported.csv', data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/scorecard.ipynb'
         params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/scorecard.log'
