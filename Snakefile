@@ -22,8 +22,10 @@ def code(module): return [f'cxrpaper/{m}.py' for m in code_modules(module)] # it
 
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
+PAGES = [f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'diagram', *(['representations'] if PRETRAINED else []), *(['reports'] if EVALUATED else []))] # what a study ends with
+
 rule all:
-    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb', [f'{RUNS}/representations.ipynb'] if PRETRAINED else [], [f'{RUNS}/reports.ipynb'] if EVALUATED else []
+    input: f'{RUNS}/results.ipynb'
 
 if PHANTOM:
     rule phantom:
@@ -145,3 +147,18 @@ if EVALUATED:
         params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: PAPERMILL
+
+rule diagram:
+    input: nb='nbs/07_diagram.ipynb', code=code('diagram'), defaults=['nbs/03_moco.ipynb', 'nbs/03_inpainting.ipynb', 'nbs/04_finetune.ipynb'],
+           study=config.get('study', 'config/smoke.yaml'), data=f'{RUNS}/cohort.ipynb'
+    output: f'{RUNS}/diagram.ipynb'
+    params: y=lambda w, input: yaml_for(study=input.study, out=study['figures'], missing='error')
+    log: f'{RUNS}/logs/diagram.log'
+    shell: PAPERMILL
+
+rule results: # the page that shows them all, when all are there
+    input: nb='nbs/08_results.ipynb', code=code('results'), study=config.get('study', 'config/smoke.yaml'), data=PAGES
+    output: f'{RUNS}/results.ipynb'
+    params: y=lambda w, input: yaml_for(study=input.study, at=RUNS)
+    log: f'{RUNS}/logs/results.log'
+    shell: PAPERMILL

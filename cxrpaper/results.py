@@ -6,7 +6,7 @@
 __all__ = ['UNFINISHED', 'execution', 'executed', 'link', 'wall', 'jobs_table', 'fold', 'index_html', 'order', 'artefacts',
            'made_by', 'runs_html', 'page_of', 'audit', 'overview']
 
-# %% ../nbs/08_results.ipynb #ef0bbb34
+# %% ../nbs/08_results.ipynb #f2705c36
 import html, json, os, re
 from pathlib import Path
 from urllib.parse import quote
@@ -14,7 +14,7 @@ import pandas as pd
 from .runs import file_digest, project_root, resolve, show_path
 from .tables import missing_runs, needed_runs, stamp
 
-# %% ../nbs/08_results.ipynb #2c0ca387
+# %% ../nbs/08_results.ipynb #9bd4cdfd
 def execution(file) -> dict: # notebook (its source), status, when, wall_s; None where papermill has not executed it
     "What papermill wrote into a notebook."
     try: nb = json.loads(Path(file).read_text(encoding='utf-8'))
@@ -26,7 +26,7 @@ def execution(file) -> dict: # notebook (its source), status, when, wall_s; None
     status = f'failed in cell {failed[0]}' if failed else f'stopped before cell {open_[0]}' if open_ else 'done'
     return dict(notebook=Path(m['input_path']).name, status=status, when=(m.get('start_time') or '')[:16].replace('T', ' '), wall_s=m.get('duration'))
 
-# %% ../nbs/08_results.ipynb #2e2b4ec8
+# %% ../nbs/08_results.ipynb #5dfde8d2
 UNFINISHED = ('*.ipynb.tmp', '.*.ipynb') # names of notebooks that a job has not moved into place
 
 def executed(study) -> pd.DataFrame: # job, path, notebook, status, when, wall_s, device; sorted by time
@@ -41,7 +41,7 @@ def executed(study) -> pd.DataFrame: # job, path, notebook, status, when, wall_s
         rows.append(dict(job=job, path=f) | note | dict(device=run.get('device', '')))
     return pd.DataFrame(rows, columns=['job', 'path', 'notebook', 'status', 'when', 'wall_s', 'device']).sort_values(['when', 'job'], ignore_index=True)
 
-# %% ../nbs/08_results.ipynb #8bc63f24
+# %% ../nbs/08_results.ipynb #5cc5f6c3
 def link(target, text, at) -> str: # a file; what is read; the page's folder
     "A relative link in HTML, or the text alone where the file is not there."
     target = resolve(target)
@@ -68,7 +68,7 @@ def index_html(jobs:pd.DataFrame, # from `executed`
     parts.append(jobs_table(jobs[group == ''], at))
     return '\n'.join(parts + [fold(f'{k}: {len(g)} notebooks, {wall(g.wall_s.sum())} in all', jobs_table(g, at)) for k,g in jobs[group != ''].groupby(group[group != ''])])
 
-# %% ../nbs/08_results.ipynb #36289ad4
+# %% ../nbs/08_results.ipynb #345526fd
 def order(name) -> tuple: # table2 before table10, tables, then figures, then the rest
     m = re.fullmatch(r'(table|figure)(\d+)', name)
     return (('table', 'figure').index(m[1]), int(m[2]), name) if m else (2, 0, name)
@@ -79,7 +79,7 @@ def artefacts(study) -> pd.DataFrame: # name, folder, caption, files, runs, stud
     rows = sorted((r for r in rows if 'files' in r and 'runs' in r), key=lambda r: order(r['name']))
     def key(run): return json.loads(p.read_text())['key'] if (p := resolve(run)/'provenance.json').exists() else None
     keys = {run: key(run) for r in rows for run in r['runs']}
-    return pd.DataFrame([dict(name=r['name'], folder=r['folder'], caption=r.get('caption', ''), files=sorted(r['files']), runs=r['runs'], study=r.get('study'),
+    return pd.DataFrame([dict(name=r['name'], folder=r['folder'], caption=r.get('caption', ''), files=sorted(r['files']), runs=r['runs'], study=r.get('study') or '',
                               earlier=[k for k,p in r['runs'].items() if keys[k] not in (None, p['key'])]) for r in rows], columns=['name', 'folder', 'caption', 'files', 'runs', 'study', 'earlier'])
 
 def made_by(name) -> str: # file name of the notebook in nbs/, '' where none writes it
@@ -90,7 +90,7 @@ def made_by(name) -> str: # file name of the notebook in nbs/, '' where none wri
         if any(re.search(r'\bwrite_(table|figure|report)\(', c) and not c.startswith('#| export') and re.search(rf'\b{re.escape(name)}\b', c) for c in cells): return f.name
     return ''
 
-# %% ../nbs/08_results.ipynb #aef4d2f6
+# %% ../nbs/08_results.ipynb #32530fde
 def runs_html(t, at) -> str: # a row of `artefacts`
     "The runs behind it, each with the executed notebook in its folder."
     def where(run): return next((p for p in (*sorted(resolve(run).glob('*.ipynb')), resolve(run)/'provenance.json') if p.exists()), resolve(run))
@@ -111,7 +111,7 @@ def page_of(t, jobs, at) -> str: # a row of `artefacts`; from `executed`; markdo
     warn = f'\n\n**{len(t.earlier)} of its runs were made again since: it is out of date.**' if t.earlier else ''
     return f'### {t.name}\n\n{body}{warn}\n\n{links} · {made}\n\n{runs_html(t, at)}'
 
-# %% ../nbs/08_results.ipynb #426ac169
+# %% ../nbs/08_results.ipynb #13b5b7a5
 def audit(out) -> pd.DataFrame: # file, problem
     "The files of a figures folder, of its subfolders too, that are not what a notebook wrote."
     home = resolve(out); rows = []
@@ -125,7 +125,7 @@ def audit(out) -> pd.DataFrame: # file, problem
         rows += [dict(file=show_path(folder/k), problem='no provenance names it: made by hand, or left over') for k in sorted(here - known)]
     return pd.DataFrame(rows, columns=['file', 'problem'])
 
-# %% ../nbs/08_results.ipynb #d7a811a9
+# %% ../nbs/08_results.ipynb #aec84d67
 def overview(study, study_file, jobs, things) -> str: # markdown
     "What the results are about, how much of the study is there, and what to do next."
     head = ''.join(f'> {stamp(study).strip()}\n\n' if stamp(study) else '')
