@@ -33,6 +33,7 @@ def read_seeds(text:str) -> dict: # from the column `seeds`; seed -> value
     "Each seed's own value."
     return {int(s): float(v) for s,v in (part.split(':') for part in text.split())}
 
+# %% ../nbs/06_tables.ipynb #148fbe3a
 def once(cases): return cases.samples(np.ones((cases.n_units, 1))) # nothing resampled
 
 def evaluate_seeds(frames:list, # predictions, one frame per seed
