@@ -54,8 +54,10 @@ def code(module): # of the notebook and of the modules it is made of; a paramete
 
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
+PAGES = [f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'diagram', *(['representations'] if PRETRAINED else []), *(['reports'] if EVALUATED else []))] # what a study ends with
+
 rule all:
-    input: f'{RUNS}/tables.ipynb', f'{RUNS}/figures.ipynb', [f'{RUNS}/representations.ipynb'] if PRETRAINED else [], [f'{RUNS}/reports.ipynb'] if EVALUATED else []
+    input: f'{RUNS}/results.ipynb'
 
 if PHANTOM:
     rule phantom:
@@ -122,7 +124,7 @@ rule finetune:
     shell: GPU.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb=ancient('nbs/06_tables.ipynb'), study=STUDY,
+    input: nb=ancient('nbs/06_tables.ipynb'), study=STUDY, reported='config/reported.csv',
            floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
     params: code=code('tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
@@ -159,7 +161,7 @@ if EVALUATED:
         shell: GPU
 
     rule scorecard:
-        input: nb=ancient('nbs/06_scorecard.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
+        input: nb=ancient('nbs/06_scorecard.ipynb'), study=STUDY, reported='config/reported.csv', data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/scorecard.ipynb'
         params: code=code('scorecard'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/scorecard.log'
@@ -178,6 +180,20 @@ if EVALUATED:
         params: code=code('reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: CPU
+
+rule diagram:
+    input: nb=ancient('nbs/07_diagram.ipynb'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
+    output: f'{RUNS}/diagram.ipynb'
+    params: code=[code(m) for m in ('diagram', 'moco', 'inpainting', 'finetune')], y=yaml_for(study=STUDY, out=study['figures'], missing='error') # it shows the defaults of three notebooks
+    log: f'{RUNS}/logs/diagram.log'
+    shell: CPU
+
+rule results: # the page that shows them all, when all are there
+    input: nb=ancient('nbs/08_results.ipynb'), study=STUDY, data=PAGES
+    output: f'{RUNS}/results.ipynb'
+    params: code=code('results'), y=yaml_for(study=STUDY, at=RUNS)
+    log: f'{RUNS}/logs/results.log'
+    shell: CPU
 
 # by hand, before anything else: `snakemake runs/study/data.ipynb --config study=config/study.yaml` holds the copy at data_root against what is published (01_download tells how to get it)
 rule data:

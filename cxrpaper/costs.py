@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'COLUMNS', 'THROUGHPUT', 'IMAGES', 'NOTEBOOK_MB', 'all_param
            'read_throughput', 'keep_throughput', 'as_text', 'measure_study', 'image_counts', 'phantom_count',
            'provenance_of', 'training_seconds', 'is_done', 'plan', 'disk_gb', 'plan_text', 'lines', 'command']
 
-# %% ../nbs/04_costs.ipynb #2ad4c1c8
+# %% ../nbs/04_costs.ipynb #410d0f38
 import ast, json, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,10 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from papermill import inspect_notebook
-from . import finetune, inpainting, moco
 from .augment import PRESETS
+from .finetune import PROFILES as FINETUNE, finetuner, make_loss, make_model
+from .inpainting import PROFILES as INPAINTING, Holes, Holing, Inpainter, InpaintingLoss
+from .moco import PROFILES as MOCO, InfoNCE, MoCo, TwoViews
 from .models import autocast_for
 from .pretraining import OPTIMISERS, starting_encoder
 from .multitask import TaughtMasks
@@ -28,11 +30,11 @@ from .runs import InputError, _git, code_digest, energy, project_root, resolve, 
 from .study import grid, pretraining_runs, read_study
 from .training import Batches, Watching, make_learner, start_device
 
-# %% ../nbs/04_costs.ipynb #ffdee9a4
+# %% ../nbs/04_costs.ipynb #782f3c4d
 KINDS = dict( # notebook, its profiles, and the parameters that the speed depends on
-    finetune=('nbs/04_finetune.ipynb', finetune.PROFILES, ('arch', 'px', 'batch_size', 'freeze', 'augmentation', 'multitask', 'decoder', 'decoder_width')),
-    moco=('nbs/03_moco.ipynb', moco.PROFILES, ('arch', 'px', 'batch_size', 'augmentation', 'queue', 'bn_groups')),
-    inpainting=('nbs/03_inpainting.ipynb', inpainting.PROFILES, ('arch', 'px', 'batch_size', 'augmentation', 'hole_kind', 'decoder_width')))
+    finetune=('nbs/04_finetune.ipynb', FINETUNE, ('arch', 'px', 'batch_size', 'freeze', 'augmentation', 'multitask', 'decoder', 'decoder_width')),
+    moco=('nbs/03_moco.ipynb', MOCO, ('arch', 'px', 'batch_size', 'augmentation', 'queue', 'bn_groups')),
+    inpainting=('nbs/03_inpainting.ipynb', INPAINTING, ('arch', 'px', 'batch_size', 'augmentation', 'hole_kind', 'decoder_width')))
 COLUMNS = list(dict.fromkeys(k for *_,keys in KINDS.values() for k in keys))
 
 def all_params(kind:str,    # a key of KINDS
@@ -62,7 +64,7 @@ def trainings(study:dict # from `read_study`
         out[r] = (kind, p, cost_key(kind, p))
     return out
 
-# %% ../nbs/04_costs.ipynb #6c191d2a
+# %% ../nbs/04_costs.ipynb #36e02963
 class Timing(Callback):
     "Seconds of each epoch: training, validation."
     order = 60 # after everything that an epoch does, the checkpoint too
@@ -80,7 +82,7 @@ def made_up(px:int, n:int, seed=0) -> SimpleNamespace: # images, masks (n,px,px)
     images = g.integers(0, 256, (n, px, px), np.uint8); masks = np.zeros_like(images); masks[:, px//4:px//2, px//4:px//2] = 1
     return SimpleNamespace(images=images, masks=masks, labels=np.arange(n) % 4)
 
-# %% ../nbs/04_costs.ipynb #6b1b5ef5
+# %% ../nbs/04_costs.ipynb #63591475
 def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: from `all_params`; file: of the checkpoint
     "The learner of a run, on made-up radiographs."
     p = SimpleNamespace(**vars(p) | dict(pretrain='none', weights=None))
@@ -88,16 +90,16 @@ def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: fro
     if kind == 'finetune':
         taught = TaughtMasks(data.masks, np.ones(len(data.labels))) if p.multitask else None
         train,val = (Batches(data.images, r, data.labels, p.batch_size, device, seed, taught) for r,seed in zip(rows, (0, None)))
-        return finetune.finetuner(finetune.make_model(p)[0], train, val, p, finetune.make_loss(p, data.labels), file, [timing])[0]
+        return finetuner(make_model(p)[0], train, val, p, make_loss(p, data.labels), file, [timing])[0]
     train,val = (Batches(data.images, r, data.labels, p.batch_size, device, seed) for r,seed in zip(rows, (0, None)))
     encoder = starting_encoder(p)[0]
     if kind == 'moco':
-        model,loss,task = moco.MoCo(encoder, p.dim, p.queue, p.momentum, p.temperature, p.bn_groups), moco.InfoNCE(), moco.TwoViews(PRESETS[p.augmentation])
+        model,loss,task = MoCo(encoder, p.dim, p.queue, p.momentum, p.temperature, p.bn_groups), InfoNCE(), TwoViews(PRESETS[p.augmentation])
         val = Batches(data.images, [], data.labels, p.batch_size, device)
-    else: model,loss,task = inpainting.Inpainter(encoder, p.decoder_width), inpainting.InpaintingLoss(p.hole_weight, p.rest_weight, p.power), inpainting.Holing(inpainting.Holes(p.hole_kind), p.hole_fill, PRESETS[p.augmentation])
+    else: model,loss,task = Inpainter(encoder, p.decoder_width), InpaintingLoss(p.hole_weight, p.rest_weight, p.power), Holing(Holes(p.hole_kind), p.hole_fill, PRESETS[p.augmentation])
     return make_learner(model, train, val, loss, Watching(), p.seed, file, OPTIMISERS[p.optimizer], p.weight_decay, cbs=[task, timing])
 
-# %% ../nbs/04_costs.ipynb #0f60030b
+# %% ../nbs/04_costs.ipynb #d19c120c
 def measure_training(kind:str, p,     # p: from `all_params`
                      device=None,     # None: cuda where there is one
                      seconds:float=5., # of training, at least, after the warm-up
@@ -133,7 +135,7 @@ def predict_rate(model, data, p, device, n=3) -> float: # images a second, the f
         (z[-1] if isinstance(z, (tuple, list)) else z).float().sum().item(); took.append(time.perf_counter() - start)
     return len(data.images)/min(took[1:])
 
-# %% ../nbs/04_costs.ipynb #17ddbbcf
+# %% ../nbs/04_costs.ipynb #cc579bcd
 THROUGHPUT = 'config/throughput.csv'
 
 def device_name() -> str: # as provenance names it
@@ -170,7 +172,7 @@ def as_text(v) -> str: # the same for a parameter and for what a csv made of it
     if v is None or v != v: return ''
     return str(v) if isinstance(v, (bool, np.bool_, str)) else f'{v:g}'
 
-# %% ../nbs/04_costs.ipynb #6fd17b92
+# %% ../nbs/04_costs.ipynb #18b99489
 def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
     "Measure every kind of training of a study on this machine, and what a job takes beside its training; each is kept as soon as it is known."
     kinds = {key: p for _,p,key in trainings(study).values()}
@@ -183,7 +185,7 @@ def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
         if progress: print(f"{i + 1}/{len(kinds)} {' '.join(str(v) for v in key if v is not None)}: {found['images_per_s']:.0f} images/s ({time.time() - begun:.0f} s)", flush=True)
     keep_throughput([now | dict(kind='job', start_s=measure_start())], path)
 
-# %% ../nbs/04_costs.ipynb #945c6d96
+# %% ../nbs/04_costs.ipynb #d56c0565
 IMAGES = dict(siim=6117, chestxray14=112_120, chexpert=224_316) # labelled images of SIIM after the organisers' rule (01_cohort); Wang et al. 2017; Irvin et al. 2019
 
 def image_counts(study:dict) -> tuple: # labelled images, unlabelled images; None where not known
@@ -208,7 +210,7 @@ def training_seconds(kind:str, p, rate:dict, labelled:int, unlabelled:int) -> fl
     probes = 1 + -(-p.epochs//p.probe_every)
     return p.epochs*(unlabelled/rate['images_per_s'] + rate['epoch_end_s']) + 3*probes*labelled/seen
 
-# %% ../nbs/04_costs.ipynb #24341484
+# %% ../nbs/04_costs.ipynb #3fc46b97
 def is_done(run, kind, p, digests) -> bool: # digests: kind -> code digest
     "Is the run finished, by this code, with these parameters?"
     made = provenance_of(run)
@@ -233,7 +235,7 @@ def plan(study:dict,              # from `read_study`
     df = pd.DataFrame(rows.values())
     return df.assign(hours=(df.runs - df.done)*df.seconds.astype(float)/3600)
 
-# %% ../nbs/04_costs.ipynb #e7239e6b
+# %% ../nbs/04_costs.ipynb #4e404e65
 NOTEBOOK_MB = 1. # an executed notebook with its figures, and a run's tables: an upper bound, seen in the smoke study
 
 def disk_gb(study:dict, table:pd.DataFrame, labelled, unlabelled, parallel:int=1) -> dict: # table: from `plan`; parallel: runs at the same time
@@ -264,7 +266,7 @@ def lines(t:pd.DataFrame) -> str: # one line per kind of training
     return pd.DataFrame([dict(training=what(r), epochs=r.epochs, runs=r.runs, done=r.done, **{'min each': f'{r.seconds/60:.1f}' if r.seconds == r.seconds and r.seconds is not None else 'not measured', 'h to do': f'{r.hours:.1f}' if r.hours == r.hours else ''})
                          for r in t.itertuples()]).to_string(index=False)
 
-# %% ../nbs/04_costs.ipynb #31d49a56
+# %% ../nbs/04_costs.ipynb #1c1927fc
 def command(argv=None):
     "Console script `cxr_plan`: what a study would take."
     import argparse

@@ -35,6 +35,7 @@ def write_figure(name:str,    # file name without ending
                  caption:str,
                  runs:list,   # folders of the runs behind it
                  out='figures',
+                 code:str='figures', # the module that drew it
                  **more       # further provenance
                 ):
     "Write a figure as svg and png, without dates, with its json of provenance."
@@ -46,7 +47,7 @@ def write_figure(name:str,    # file name without ending
         for ax in fig.axes: ax.set_position(mpl.transforms.Bbox(ax.get_position().get_points().round(6)))
         for ending,meta in (('svg', {'Date': None}), ('png', {'Software': None})):
             with atomic(out/f'{name}.{ending}') as tmp: fig.savefig(tmp, format=ending, metadata=meta)
-    sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, code='figures', **more)
+    sidecar(name, caption, runs, [out/f'{name}.svg', out/f'{name}.png'], out, code=code, **more)
 
 # %% ../nbs/07_figures.ipynb #805ba9bf
 def examples(images:pd.DataFrame, # the cohort's table

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from .cohort import CLASSES
 from .readiness import is_evaluated, read_parts, reader_bound, readiness_path
+from .reported import read_reported
 from .runs import load_run
 from .saliency import saliency_verdict, sanity_verdict
 from .study import evaluated_rows, leaking_rows, pretrain_title, read_study, row_runs

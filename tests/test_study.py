@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
     return root
 
 def test_every_table_and_figure_is_there(whole):
-    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in range(2, 17) for e in ('svg', 'png', 'json')} | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
+    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in range(1, 17) for e in ('svg', 'png', 'json')} | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
     assert set(results(whole)) == names
     t = pd.read_csv(whole/'figures'/'table2.csv')
     assert {'row', 'metric', 'value', 'lo', 'hi', 'n', 'n_units', 'n_seeds', 'runs'} <= set(t)
