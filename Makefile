@@ -26,7 +26,7 @@ export UV_HTTP_TIMEOUT := 300
 # where it is set, every process compiles PyTorch and the rest from source: cxrpaper.finetune then takes 22 s of CPU to import instead of 9
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help paper plan test lab readme lock bench clean
+.PHONY: help paper plan measure verify test lab readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -34,8 +34,12 @@ paper: .venv/installed ## every table and figure, from DICOM files to figures/ (
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
 
-plan: .venv/installed ## the jobs that `make paper` would run now
+plan: .venv/installed ## what `make paper` would take now: trainings, what is done, time, GPU hours, disk, and the jobs
+	@$(BIN)/cxr_plan config/$(PROFILE).yaml --gpus $(GPUS)
 	@$(BIN)/snakemake --nolock --cores $(CORES) --config study=config/$(PROFILE).yaml --dry-run --quiet rules
+
+measure: .venv/installed ## time each kind of training of the study on this machine, for the plan (into config/throughput.csv)
+	@$(SNAKEMAKE) --forcerun costs -- costs
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite

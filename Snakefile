@@ -13,6 +13,7 @@ profile = study['profile']
 RUNS = f"runs/{study['name']}"
 PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here
 DATA = {k: study[k] for k in ('data_root', 'adapter')}
+DECODING = max(2, study['threads']) # processes that decode
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
 PRETRAINING = dict(moco='nbs/03_moco.ipynb', inpainting='nbs/03_inpainting.ipynb')
@@ -71,16 +72,17 @@ if PHANTOM:
 rule cohort:
     input: nb=ancient('nbs/01_cohort.ipynb'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
-    params: code=code('cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/cohort')
+    params: code=code('cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
+    threads: DECODING
     shell: CPU
 
 rule store:
     input: nb=ancient('nbs/01_store.ipynb'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/store.ipynb'
-    params: code=code('store'), y=yaml_for(**DATA, px=study['px'])
+    params: code=code('store'), y=yaml_for(**DATA, px=study['px'], workers=DECODING)
     log: f'{RUNS}/logs/store.log'
-    threads: 2
+    threads: DECODING
     shell: CPU
 
 rule floors:
@@ -202,3 +204,13 @@ rule data:
     params: code=code('download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
     log: f'{RUNS}/logs/data.log'
     shell: CPU
+
+# by hand, on the machine that a plan is made for: `make measure` times every kind of training of the study (04_costs)
+rule costs:
+    input: nb=ancient('nbs/04_costs.ipynb')
+    output: f'{RUNS}/costs.ipynb'
+    params: code=code('costs'), y=yaml_for(study=STUDY, measure=True)
+    log: f'{RUNS}/logs/costs.log'
+    threads: study['threads']
+    resources: **COST
+    shell: GPU
