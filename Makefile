@@ -41,6 +41,9 @@ plan: .venv/installed ## what `make paper` would take now: trainings, what is do
 measure: .venv/installed ## time each kind of training of the study on this machine, for the plan (into config/throughput.csv)
 	@$(SNAKEMAKE) --forcerun costs -- costs
 
+verify: .venv/installed ## recompute every table and figure from the saved runs; fails if figures/ differs
+	@$(BIN)/cxr_verify config/$(PROFILE).yaml
+
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing

@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'COLUMNS', 'THROUGHPUT', 'IMAGES', 'NOTEBOOK_MB', 'all_params', 'cost_key', 'trainings', 'Timing', 'made_up',
            'learner', 'measure_training', 'predict_rate', 'device_name', 'seconds_beside', 'measure_start',
            'read_throughput', 'keep_throughput', 'as_text', 'measure_study', 'image_counts', 'phantom_count',
-           'provenance_of', 'training_seconds', 'is_done', 'plan', 'disk_gb', 'plan_text', 'lines', 'command']
+           'provenance_of', 'training_seconds', 'is_done', 'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text',
+           'totals', 'lines', 'command']
 
-# %% ../nbs/04_costs.ipynb #410d0f38
+# %% ../nbs/04_costs.ipynb #cda844e4
 import ast, json, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from .runs import InputError, _git, code_digest, energy, project_root, resolve, 
 from .study import grid, pretraining_runs, read_study
 from .training import Batches, Watching, make_learner, start_device
 
-# %% ../nbs/04_costs.ipynb #782f3c4d
+# %% ../nbs/04_costs.ipynb #9033a3ab
 KINDS = dict( # notebook, its profiles, and the parameters that the speed depends on
     finetune=('nbs/04_finetune.ipynb', FINETUNE, ('arch', 'px', 'batch_size', 'freeze', 'augmentation', 'multitask', 'decoder', 'decoder_width')),
     moco=('nbs/03_moco.ipynb', MOCO, ('arch', 'px', 'batch_size', 'augmentation', 'queue', 'bn_groups')),
@@ -64,7 +65,7 @@ def trainings(study:dict # from `read_study`
         out[r] = (kind, p, cost_key(kind, p))
     return out
 
-# %% ../nbs/04_costs.ipynb #36e02963
+# %% ../nbs/04_costs.ipynb #b809073e
 class Timing(Callback):
     "Seconds of each epoch: training, validation."
     order = 60 # after everything that an epoch does, the checkpoint too
@@ -82,7 +83,7 @@ def made_up(px:int, n:int, seed=0) -> SimpleNamespace: # images, masks (n,px,px)
     images = g.integers(0, 256, (n, px, px), np.uint8); masks = np.zeros_like(images); masks[:, px//4:px//2, px//4:px//2] = 1
     return SimpleNamespace(images=images, masks=masks, labels=np.arange(n) % 4)
 
-# %% ../nbs/04_costs.ipynb #63591475
+# %% ../nbs/04_costs.ipynb #5d6650c4
 def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: from `all_params`; file: of the checkpoint
     "The learner of a run, on made-up radiographs."
     p = SimpleNamespace(**vars(p) | dict(pretrain='none', weights=None))
@@ -99,7 +100,7 @@ def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: fro
     else: model,loss,task = Inpainter(encoder, p.decoder_width), InpaintingLoss(p.hole_weight, p.rest_weight, p.power), Holing(Holes(p.hole_kind), p.hole_fill, PRESETS[p.augmentation])
     return make_learner(model, train, val, loss, Watching(), p.seed, file, OPTIMISERS[p.optimizer], p.weight_decay, cbs=[task, timing])
 
-# %% ../nbs/04_costs.ipynb #d19c120c
+# %% ../nbs/04_costs.ipynb #b766da98
 def measure_training(kind:str, p,     # p: from `all_params`
                      device=None,     # None: cuda where there is one
                      seconds:float=5., # of training, at least, after the warm-up
@@ -135,7 +136,7 @@ def predict_rate(model, data, p, device, n=3) -> float: # images a second, the f
         (z[-1] if isinstance(z, (tuple, list)) else z).float().sum().item(); took.append(time.perf_counter() - start)
     return len(data.images)/min(took[1:])
 
-# %% ../nbs/04_costs.ipynb #cc579bcd
+# %% ../nbs/04_costs.ipynb #4b6f313e
 THROUGHPUT = 'config/throughput.csv'
 
 def device_name() -> str: # as provenance names it
@@ -172,7 +173,7 @@ def as_text(v) -> str: # the same for a parameter and for what a csv made of it
     if v is None or v != v: return ''
     return str(v) if isinstance(v, (bool, np.bool_, str)) else f'{v:g}'
 
-# %% ../nbs/04_costs.ipynb #18b99489
+# %% ../nbs/04_costs.ipynb #3ff6372f
 def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
     "Measure every kind of training of a study on this machine, and what a job takes beside its training; each is kept as soon as it is known."
     kinds = {key: p for _,p,key in trainings(study).values()}
@@ -185,7 +186,7 @@ def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
         if progress: print(f"{i + 1}/{len(kinds)} {' '.join(str(v) for v in key if v is not None)}: {found['images_per_s']:.0f} images/s ({time.time() - begun:.0f} s)", flush=True)
     keep_throughput([now | dict(kind='job', start_s=measure_start())], path)
 
-# %% ../nbs/04_costs.ipynb #d56c0565
+# %% ../nbs/04_costs.ipynb #be081fd6
 IMAGES = dict(siim=6117, chestxray14=112_120, chexpert=224_316) # labelled images of SIIM after the organisers' rule (01_cohort); Wang et al. 2017; Irvin et al. 2019
 
 def image_counts(study:dict) -> tuple: # labelled images, unlabelled images; None where not known
@@ -210,32 +211,50 @@ def training_seconds(kind:str, p, rate:dict, labelled:int, unlabelled:int) -> fl
     probes = 1 + -(-p.epochs//p.probe_every)
     return p.epochs*(unlabelled/rate['images_per_s'] + rate['epoch_end_s']) + 3*probes*labelled/seen
 
-# %% ../nbs/04_costs.ipynb #3fc46b97
+# %% ../nbs/04_costs.ipynb #3c3a2a76
 def is_done(run, kind, p, digests) -> bool: # digests: kind -> code digest
     "Is the run finished, by this code, with these parameters?"
     made = provenance_of(run)
     if made is None or made['code'] != digests[kind]: return False
     return all(made['params'].get(k) == v for k,v in vars(p).items() if k not in ('weights', 'run', 'workers', 'data_root', 'labelled_root'))
 
-def plan(study:dict,              # from `read_study`
-         throughput:pd.DataFrame, # of one device
-         labelled:int, unlabelled:int # images
-        ) -> pd.DataFrame:        # a row per kind of training: kind, COLUMNS, epochs, runs, done, seconds (each), gpu_hours (to do), weights_mb, checkpoint_mb
-    "What there is to do, and what each kind of it takes; seconds are missing where its speed was not measured."
-    digests = {k: code_digest(k) for k in KINDS}
-    start = throughput[throughput.kind == 'job'].get('start_s', pd.Series(dtype=float)).max()
-    rates = {tuple(as_text(r.get(k)) for k in ('kind', *COLUMNS)): r for r in throughput[throughput.kind != 'job'].to_dict('records')}
-    rows = {}
-    for run,(kind,p,key) in trainings(study).items():
-        row = rows.setdefault((key, p.epochs), dict(zip(('kind', *COLUMNS), key)) | dict(epochs=p.epochs, runs=0, done=0, seconds=None))
-        row['runs'] += 1; row['done'] += is_done(run, kind, p, digests)
-        rate = rates.get(tuple(map(as_text, key)))
-        if rate and rate['images_per_s'] > 0 and labelled and (unlabelled or kind == 'finetune'):
-            row |= dict(seconds=training_seconds(kind, p, rate, labelled, unlabelled) + start, **{k: rate[k] for k in ('weights_mb', 'checkpoint_mb', 'watts')})
-    df = pd.DataFrame(rows.values())
-    return df.assign(hours=(df.runs - df.done)*df.seconds.astype(float)/3600)
+def by_throughput(rows:pd.DataFrame, # of one device
+                  labelled:int, unlabelled:int # images; None: not known
+                 ): # (kind, parameters, cost key) -> dict of seconds, weights_mb, checkpoint_mb, watts; None where it was not measured
+    "Estimates from measured speeds."
+    start = rows[rows.kind == 'job'].get('start_s', pd.Series(dtype=float)).max()
+    rates = {tuple(as_text(r.get(k)) for k in ('kind', *COLUMNS)): r for r in rows[rows.kind != 'job'].to_dict('records')}
+    def estimate(kind, p, key):
+        r = rates.get(tuple(map(as_text, key)))
+        if not r or not r['images_per_s'] > 0 or not labelled or not (unlabelled or kind == 'finetune'): return None
+        return dict(seconds=training_seconds(kind, p, r, labelled, unlabelled) + start, **{k: r[k] for k in ('weights_mb', 'checkpoint_mb', 'watts')})
+    return estimate
 
-# %% ../nbs/04_costs.ipynb #4e404e65
+def by_runs(study:dict):
+    "Estimates from the executed notebooks of runs that are finished: the median of those that cost the same."
+    took = {}
+    for run,(kind,p,key) in trainings(study).items():
+        made = provenance_of(run)
+        for f in resolve(run).glob('*.ipynb') if made else ():
+            watts = 1e3*made['spent']['gpu_kj']/made['spent']['wall_s'] if made['spent']['gpu_kj'] else None
+            took.setdefault((key, p.epochs), []).append((json.loads(f.read_text())['metadata']['papermill']['duration'], (resolve(run)/'weights.safetensors').stat().st_size/1e6, watts or np.nan))
+    seen = {k: np.median(np.array(v), axis=0) for k,v in took.items()}
+    return lambda kind, p, key: dict(zip(('seconds', 'weights_mb', 'watts'), seen[key, p.epochs])) if (key, p.epochs) in seen else None
+
+def plan(study:dict, # from `read_study`
+         estimate    # from `by_throughput` or `by_runs`
+        ) -> pd.DataFrame: # a row per kind of training: kind, COLUMNS, epochs, runs, done, seconds (each), hours (to do), weights_mb, checkpoint_mb, watts
+    "What there is to do, and what each kind of it takes; seconds are missing where they are not known."
+    digests,rows = {k: code_digest(k) for k in KINDS},{}
+    for run,(kind,p,key) in trainings(study).items():
+        if (key, p.epochs) not in rows:
+            rows[key, p.epochs] = dict(zip(('kind', *COLUMNS), key)) | dict(epochs=p.epochs, runs=0, done=0, seconds=np.nan, weights_mb=np.nan, checkpoint_mb=np.nan, watts=np.nan) | (estimate(kind, p, key) or {})
+        row = rows[key, p.epochs]
+        row['runs'] += 1; row['done'] += is_done(run, kind, p, digests)
+    df = pd.DataFrame(rows.values())
+    return df.assign(hours=(df.runs - df.done)*df.seconds/3600)
+
+# %% ../nbs/04_costs.ipynb #bc4c1596
 NOTEBOOK_MB = 1. # an executed notebook with its figures, and a run's tables: an upper bound, seen in the smoke study
 
 def disk_gb(study:dict, table:pd.DataFrame, labelled, unlabelled, parallel:int=1) -> dict: # table: from `plan`; parallel: runs at the same time
@@ -243,30 +262,32 @@ def disk_gb(study:dict, table:pd.DataFrame, labelled, unlabelled, parallel:int=1
     known = table[table.seconds.notna()]; sides = {study['px']: labelled or 0}
     stores = 2*study['px']**2*(labelled or 0)/1e9
     for px in {p.px for kind,p,_ in trainings(study).values() if kind != 'finetune'}: stores += 2*px**2*((unlabelled or 0) + (0 if px in sides else labelled or 0))/1e9
-    return dict(stores=stores, runs=((known.weights_mb + NOTEBOOK_MB)*known.runs).sum()/1e3, checkpoints=known.checkpoint_mb.max()*parallel/1e3 if len(known) else 0.)
+    return dict(stores=stores, runs=((known.weights_mb + NOTEBOOK_MB)*known.runs).sum()/1e3, checkpoints=np.nan_to_num(known.checkpoint_mb.max())*parallel/1e3)
 
 def plan_text(study:dict, throughput:pd.DataFrame=None, gpus:int=1) -> str: # gpus: that work at the same time
-    "The plan for every device on which a training of the study was measured, in words and numbers."
+    "The plan by the study's finished runs, and for every device on which a training of it was measured, in words and numbers."
     throughput = read_throughput() if throughput is None else throughput
-    counts = image_counts(study); runs = plan(study, throughput[:0], *counts)
+    counts = image_counts(study); runs = plan(study, by_runs(study))
     out = [f"{study['name']}: {runs.runs.sum()} trainings of {len(runs)} kinds, {runs.done.sum()} done; images: {counts[0] or 'not known'} labelled" + (f", {counts[1] or 'not known'} unlabelled" if study['pretraining'] else '')]
-    for device,rows in throughput.groupby('device', sort=False):
-        t = plan(study, rows, *counts); known = t[t.seconds.notna()]
-        if known.empty: continue
-        out += ['', f"On {device}, measured {rows.date.max()} with PyTorch {rows.torch.iloc[-1]}:", lines(t)]
-        hours,disk,missing = known.hours.sum(),disk_gb(study, t, *counts, gpus),int((t.runs - t.done)[t.seconds.isna()].sum())
-        energy_kwh = (known.hours*known.watts).sum()/1e3
-        out += [f"to do: {hours:.1f} {'GPU hours' if study['gpus'] else 'hours'}, {hours/max(1, gpus):.1f} h on {max(1, gpus)}" + (f', {energy_kwh:.1f} kWh of the GPU' if energy_kwh > 0 else '') + f"; disk {sum(disk.values()):.1f} GB ({', '.join(f'{k} {v:.1f}' for k,v in disk.items())})"
-                + (f'; {missing} trainings were not measured there and are not counted' if missing else '')]
-    if len(out) == 1: out.append("No training of this study was measured on any device, so its time is not known. Cure: make measure, on the machine that is meant.")
+    blocks = {'By the finished runs of this study, where they were made': runs} if runs.seconds.notna().any() else {}
+    for device,rows in throughput.groupby('device', sort=False): blocks[f'On {device}, measured {rows.date.max()} with PyTorch {rows.torch.iloc[-1]}'] = plan(study, by_throughput(rows, *counts))
+    for title,t in blocks.items():
+        if t.seconds.notna().any(): out += ['', f'{title}:', lines(t), totals(study, t, counts, gpus)]
+    if len(out) == 1: out.append('No training of this study was measured on any device, so its time is not known. Cure: make measure, on the machine that is meant.')
     return '\n'.join([*out, '', 'Not counted: decoding, tables, figures, the critical evaluation, and what is lost when a job fails.'])
+
+def totals(study, t, counts, gpus) -> str: # t: from `plan`
+    unit,hours,disk,missing = 'GPU hours' if study['gpus'] else 'hours',t.hours.sum(),disk_gb(study, t, *counts, max(1, gpus)),int((t.runs - t.done)[t.seconds.isna()].sum())
+    kwh = (t.hours*t.watts).sum()/1e3
+    return (f'to do: {hours:.1f} {unit}' + (f', {hours/gpus:.1f} h on {gpus} at the same time' if gpus > 1 else '') + (f', {kwh:.1f} kWh of the GPU' if kwh > 0 else '')
+            + f"; disk {sum(disk.values()):.1f} GB ({', '.join(f'{k} {v:.1f}' for k,v in disk.items())})" + (f'; not counted, since not measured there: {missing} trainings' if missing else ''))
 
 def lines(t:pd.DataFrame) -> str: # one line per kind of training
     def what(r): return ' '.join([r.kind, r.arch, f'{r.px:.0f} px', *([r.decoder] if r.kind == 'finetune' and r.multitask is True else []), *(['frozen'] if r.kind == 'finetune' and r.freeze is True else [])])
-    return pd.DataFrame([dict(training=what(r), epochs=r.epochs, runs=r.runs, done=r.done, **{'min each': f'{r.seconds/60:.1f}' if r.seconds == r.seconds and r.seconds is not None else 'not measured', 'h to do': f'{r.hours:.1f}' if r.hours == r.hours else ''})
+    return pd.DataFrame([dict(training=what(r), epochs=r.epochs, runs=r.runs, done=r.done, **{'min each': f'{r.seconds/60:.1f}' if r.seconds == r.seconds else 'not measured', 'h to do': f'{r.hours:.1f}' if r.hours == r.hours else ''})
                          for r in t.itertuples()]).to_string(index=False)
 
-# %% ../nbs/04_costs.ipynb #1c1927fc
+# %% ../nbs/04_costs.ipynb #e966ad49
 def command(argv=None):
     "Console script `cxr_plan`: what a study would take."
     import argparse

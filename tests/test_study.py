@@ -1,7 +1,7 @@
 "The whole graph, small: every table and figure from DICOM files; unchanged work is skipped; a killed study ends with the same bytes."
 import hashlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, psutil, pytest, yaml
+import numpy as np, pandas as pd, psutil, pytest, yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -16,7 +16,7 @@ def clone(to, like=None):
     "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
     to.mkdir()
     for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for f in ('settings.ini', 'Snakefile', 'README.md', 'requirements.lock'): shutil.copy(ROOT/f, to/f)
+    for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock'): shutil.copy2(ROOT/f, to/f)
     (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY))
     if like: shutil.copytree(like/'data'/'tiny', to/'data'/'tiny'); return to
     code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
@@ -60,6 +60,28 @@ def test_a_number_can_be_followed_back(whole):
     assert len(df) == r.n and df.image.is_unique
     assert abs(sum(roc_auc_score(df.label == k, p[:,k]) for k in range(4))/4 - r.value) < 1e-9
 
+def cxr(root, command, *more): return subprocess.run([BIN/command, *more], cwd=root, env=environment(root), capture_output=True, text=True)
+
+def test_every_cell_leads_to_its_runs(whole):
+    said = cxr(whole, 'cxr_where', 'figures/table4.csv', '--row', 'moco', '--col', 'auc_macro', '--json'); assert said.returncode == 0, said.stderr
+    cell, = json.loads(said.stdout)
+    assert len(cell['runs']) == 2 and all(r['state'] == 'here' for r in cell['runs'])
+    for r in cell['runs']:
+        assert {'commit', 'params', 'inputs', 'versions', 'device', 'spent'} <= set(r) and r['spent']['wall_s'] > 0 and r['spent']['sessions'] >= 1
+        assert r['params']['pretrain'] == 'moco' and (whole/r['params']['weights']).exists()
+    assert cxr(whole, 'cxr_where', 'figures/table4.csv', '--row', 'simclr').returncode == 1
+
+def test_tables_are_verified(whole):
+    "They come out the same; a number edited by hand is found, and so is a prediction."
+    ask = ('cxr_verify', 'config/tiny.yaml', '--only', '06_tables')
+    said = cxr(whole, *ask); assert said.returncode == 0, said.stdout + said.stderr
+    table = whole/'figures'/'table2.csv'; text = table.read_text()
+    table.write_text(text.replace('0.5', '0.6', 1)); edited = cxr(whole, 'cxr_verify', 'config/tiny.yaml', '--files'); table.write_text(text)
+    assert edited.returncode == 1 and 'figures/table2.csv: edited' in edited.stdout
+    predictions = whole/'runs'/'smoke'/'finetune'/'resnet10t-none-fold0-seed0'/'predictions.csv'; before = predictions.read_text()
+    df = pd.read_csv(predictions, dtype=str); df.loc[df.split == 'test', 'logit_0'] = '3.0'; df.to_csv(predictions, index=False); changed = cxr(whole, *ask); predictions.write_text(before)
+    assert changed.returncode == 1 and 'figures/table2.csv: differs' in changed.stdout and 'table1' not in changed.stdout
+
 def test_nothing_is_done_twice(whole):
     before = {f: f.stat().st_mtime_ns for f in (whole/'figures').iterdir()}
     t0 = time.time()
@@ -81,6 +103,13 @@ def seen(root, what):
     try: return any(f.stat().st_size for f in root.glob(what))
     except FileNotFoundError: return False # gone again
 
+def kill_all(p):
+    others = psutil.Process(p.pid).children(recursive=True) # kernels have sessions of their own
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    for o in others:
+        try: o.kill()
+        except psutil.NoSuchProcess: pass
+
 def kill(root, moment, seconds=300):
     "Start the study; kill all of its processes as soon as a file matches `moment`."
     p = subprocess.Popen(command(), cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -88,19 +117,43 @@ def kill(root, moment, seconds=300):
     while not seen(root, moment):
         assert p.poll() is None and time.time() < end, f'{moment} was not seen'
         time.sleep(.02)
-    others = psutil.Process(p.pid).children(recursive=True) # kernels have sessions of their own
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
-    for o in others:
-        try: o.kill()
-        except psutil.NoSuchProcess: pass
+    kill_all(p)
     subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
+
+def again(root, whole, without):
+    "A clone in which the study is finished but for what `without` names."
+    clone(root, whole)
+    for d in ('runs', 'data', '.snakemake'): shutil.copytree(whole/d, root/d, dirs_exist_ok=True)
+    for pattern in without:
+        found = list(root.glob(pattern)); assert found, pattern
+        for f in found: shutil.rmtree(f) if f.is_dir() else f.unlink()
+    return root
 
 def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
     "Killed while radiographs are decoded, and between a model's training and its predictions."
-    root = clone(tmp_path/'clone', whole)
+    gone = ['data/stores/*', 'runs/smoke/finetune/resnet10t-none-fold0-seed0', 'runs/smoke/finetune/resnet10t-none-multitask-fold1-seed0', 'runs/smoke/moco', 'runs/smoke/readiness*',
+            *(f'runs/smoke/{k}.ipynb' for k in ('tables', 'figures', 'diagram', 'representations', 'scorecard', 'evaluation', 'reports', 'results'))]
+    root = again(tmp_path/'clone', whole, gone)
     kill(root, 'data/stores/building-*/journal')
     assert not list(root.glob('data/stores/*/store.json')), 'killed too late'
     kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt')
-    assert len(list(root.glob('runs/smoke/finetune/*/provenance.json'))) < 3 and not (root/'figures'/'table2.csv').exists(), 'killed too late to show anything'
+    assert not (root/'runs'/'smoke'/'readiness.ipynb').exists() and not (root/'figures').exists(), 'killed too late to show anything'
     study(root)
+    assert results(root) == results(whole)
+
+def test_killed_at_random_moments(whole, tmp_path, kills):
+    "`make paper` from nothing, killed at random moments, each time with all that it has started."
+    if not kills: pytest.skip('takes as long as the study: pytest --kills 10 tests/test_study.py')
+    root,draw = clone(tmp_path/'clone', whole),np.random.default_rng(int(time.time()))
+    for d in ('.venv', '.uv'): (root/d).symlink_to(ROOT/d)
+    make = ['make', 'paper', 'PROFILE=tiny', 'CORES=2']
+    for k in range(kills):
+        with open(root/'killed.log', 'a') as log:
+            p = subprocess.Popen(make, cwd=root, env=environment(root), stdout=log, stderr=log, start_new_session=True)
+            seconds = draw.uniform(5, 80)
+            try: p.wait(seconds); raise AssertionError(f'finished before kill {k + 1}')
+            except subprocess.TimeoutExpired: kill_all(p)
+        print(f'kill {k + 1} after {seconds:.0f} s: {len(list(root.glob("runs/smoke/**/provenance.json")))} runs and {len(list(root.glob("figures/*")))} files of figures are there', flush=True)
+    r = subprocess.run(make, cwd=root, env=environment(root), capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
     assert results(root) == results(whole)
