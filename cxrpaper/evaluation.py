@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['figure_calibration', 'figure_use', 'figure_confusions', 'figure_robustness', 'figure_subgroups', 'figure_difficulty',
-           'median_examples', 'figure_saliency']
+           'median_examples', 'outline_half', 'figure_saliency']
 
 # %% ../nbs/07_evaluation.ipynb #3247121b
 import matplotlib as mpl, matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from .calibration import draw_reliability, scale_folds
 from .cohort import CLASSES
 from .decisions import decision_curve, draw_decision_curve, draw_predictive_values, draw_risk_coverage, predictive_value_curve, risk_coverage
 from .difficulty import confusion_shares, draw_cartography, draw_confusions, draw_gallery, draw_separability
-from .figures import COLOURS, STYLE, write_figure
+from .figures import COLOURS, STYLE, dark_edge, tell_apart, write_figure
 from .readiness import is_evaluated, read_parts, reader_bound, readiness_path, saliency_maps, subject
 from .robustness import draw_robustness
 from .saliency import draw_saliency, draw_saliency_scores, map_scores
@@ -32,10 +32,10 @@ def figure_calibration(folds:list,  # predictions with validation and test rows,
         fig,axs = plt.subplots(2, 3, figsize=(7, 4.6))
         for line,(name,df) in zip(axs, frames.items()):
             draw_reliability(line, df.reset_index(drop=True), COLOURS, n_boot=n_boot, seed=seed)
+            tell_apart(line[1]); plt.setp(line[1].collections, alpha=.13) # four bands over each other
             line[0].set_title(f'{name} (n = {len(df)})', loc='left')
-        for ax in axs[1]: ax.set_xlabel('predicted probability')
         for ax in axs[0]: ax.set_xlabel('')
-        for ax in axs[0]: ax.legend(loc='upper left', fontsize=6)
+        for ax,columns in zip(axs[1], (1, 2, 1)): ax.set_xlabel('predicted probability'); ax.legend(loc='upper center', bbox_to_anchor=(.5, -.25), ncols=columns, handlelength=3, columnspacing=1)
         plt.close(fig)
     return fig
 
@@ -43,11 +43,12 @@ def figure_calibration(folds:list,  # predictions with validation and test rows,
 def figure_use(coverage, decision, values, prevalence, ceiling=np.nan): # from `decisions`: risk_coverage, decision_curve of any opacity, predictive_value_curve; share of any opacity in the test; accuracy that readers' agreement leaves to reach
     "Figure 12: risk-coverage, decision and predictive value curves."
     with mpl.rc_context(STYLE):
-        fig,axs = plt.subplots(1, 3, figsize=(7, 2.5))
+        fig,axs = plt.subplots(1, 3, figsize=(7, 3))
         draw_risk_coverage(axs[0], coverage, color='#0072B2')
         if np.isfinite(ceiling): axs[0].plot(1, 1 - ceiling, '<', color='#E69F00', clip_on=False, label='bound by readers (RICORD)') # of all images
         draw_decision_curve(axs[1], decision, color='#0072B2'); draw_predictive_values(axs[2], values, prevalence)
-        for ax,title in zip(axs, ('selective prediction', 'any opacity: decision curve', 'any opacity: predictive values')): ax.set_title(title, loc='left'); ax.legend(fontsize=5.5)
+        for line,band,colour,ls in zip(axs[2].lines, axs[2].collections, ('#0072B2', '#000000'), ('-', '--')): line.set(color=colour, ls=ls); band.set_color(colour) # PPV, NPV
+        for ax,title in zip(axs, ('selective prediction', 'any opacity: decision curve', 'any opacity: predictive values')): ax.set_title(title, loc='left'); ax.legend(loc='upper left', bbox_to_anchor=(0, -.22), handlelength=3)
         plt.close(fig)
     return fig
 
@@ -66,7 +67,7 @@ def figure_robustness(curves:pd.DataFrame # from `robustness.robustness_curve`
     "Figure 10: small multiples, one for each corruption."
     with mpl.rc_context(STYLE):
         n = curves.corruption.nunique(); fig,axs = plt.subplots(-(-n//4), 4, figsize=(7, 1.7*-(-n//4)), sharey=True)
-        draw_robustness(axs, curves)
+        draw_robustness(axs, curves, changed='0.15')
         plt.close(fig)
     return fig
 
@@ -87,13 +88,16 @@ def figure_difficulty(separable, mapped, worst, images, boxes): # `difficulty.se
         each = worst.groupby('label', sort=False).size(); wide = int(each.max())
         fig = plt.figure(figsize=(7, 3 + 1.5*len(each)))
         top,below = fig.subfigures(2, 1, height_ratios=(2.8, 1.5*len(each)))
-        axs = top.subplots(1, 2); draw_separability(axs[0], separable); draw_cartography(axs[1], mapped, COLOURS); axs[1].legend(fontsize=5.5, loc='lower left', markerscale=1.5)
+        axs = top.subplots(1, 2); draw_separability(axs[0], separable); draw_cartography(axs[1], mapped, COLOURS)
+        tell_apart(axs[1]); axs[1].xaxis.label.set_size(7); axs[1].legend(loc='upper center', bbox_to_anchor=(.4, -.17), ncols=2, markerscale=1.5, handletextpad=.1, columnspacing=1)
+        for points in axs[1].collections: points.set_sizes([float(np.clip(3000/len(mapped), 3, 14))])
         grid = below.subplots(len(each), wide, squeeze=False)
         for ax in grid.flat: ax.axis('off')
-        for line,(_,rows) in zip(grid, worst.groupby('label', sort=False)):
+        for line,(label,rows) in zip(grid, worst.groupby('label', sort=False)):
             for ax in line[:len(rows)]: ax.axis('on')
-            draw_gallery(line[:len(rows)], rows, [images[i] for i in rows.index], [boxes[i] for i in rows.index])
-        for ax in grid.flat: ax.title.set_size(5.5)
+            draw_gallery(line[:len(rows)], rows, [images[i] for i in rows.index], [boxes[i] for i in rows.index]); line[0].set_ylabel(label)
+        dark_edge(grid)
+        for ax in grid.flat: ax.set_title(ax.get_title().partition('\n')[2], fontsize=7) # the label is written once, at the left
         plt.close(fig)
     return fig
 
@@ -103,6 +107,11 @@ def median_examples(scores, labels) -> dict: # (n,) IoU, (n,) classes -> class -
     scores,labels = np.asarray(scores),np.asarray(labels)
     return {c: int(min(np.flatnonzero(labels == k), key=lambda i: (abs(scores[i] - np.median(scores[labels == k])), i))) for k,c in enumerate(CLASSES) if (labels == k).any()}
 
+def outline_half(ax, cam): # axes with a radiograph and the map over it; (px,px)
+    "Where the map is above half of its maximum: in gray its colours are lost in those of the radiograph."
+    t = np.arange(len(cam)) + .5
+    if cam.max() > 0: ax.contour(t, t, cam, [cam.max()/2], colors='w', linewidths=1, linestyles='--')
+
 def figure_saliency(images, boxes, maps, chosen, table): # (n,px,px); n lists of boxes; name -> (n,px,px); class -> row; from `saliency_table`
     "Figure 16: radiograph, Grad-CAM and the decoder's outline of one image per class; scores against baselines."
     drawn = maps.get('segmentation head'); width = 2 if drawn is None else 3
@@ -110,7 +119,8 @@ def figure_saliency(images, boxes, maps, chosen, table): # (n,px,px); n lists of
         fig = plt.figure(figsize=(7, 2*len(chosen) + 1.6)); top,below = fig.subfigures(2, 1, height_ratios=(2*len(chosen), 1.8))
         for j,(line,(c,i)) in enumerate(zip(top.subplots(len(chosen), width, squeeze=False), chosen.items())):
             draw_saliency(line, images[i], boxes[i], maps['Grad-CAM'][i], None if drawn is None else drawn[i]); line[0].set_ylabel(c)
+            outline_half(line[1], maps['Grad-CAM'][i]); dark_edge(line)
             for ax in line[:width] if j else (): ax.set_title('')
-        ax = below.subplots(); draw_saliency_scores(ax, table); ax.legend(fontsize=6)
+        ax = below.subplots(); draw_saliency_scores(ax, table); ax.legend(loc='center left', bbox_to_anchor=(1, .5))
         plt.close(fig)
     return fig

@@ -12,7 +12,7 @@ import matplotlib as mpl, matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from .cohort import CLASSES, load_cohort
-from .figures import COLOURS, PRETRAINED, STYLE, examples, write_figure
+from .figures import COLOURS, MARKERS, OTHERS, PRETRAINED, STYLE, examples, write_figure
 from .inpainting import Holes, classical, fixed_holes, load_inpainter, restore
 from .models import Encoder, load_pretrained
 from .pretraining import starting_encoder
@@ -33,11 +33,12 @@ def draw_curves(axs, runs:dict): # three axes; method -> run folder
         ax = axs[0] if method == 'moco' else axs[1]
         ax.plot(history.epoch + 1, history.train_loss if method == 'moco' else history.train_hole, color='0.2', marker='o', ms=2, label='training')
         if method == 'inpainting': ax.plot(history.epoch + 1, history.val_hole, color='0.2', ls='--', marker='s', ms=2, label='held out')
-        ax.set(title=NAMES[method], xlabel='epochs', ylabel='InfoNCE' if method == 'moco' else 'absolute error in the holes')
+        ax.set(title=NAMES[method], ylabel='InfoNCE' if method == 'moco' else 'absolute error in the holes')
         if method == 'inpainting': ax.legend()
         for k,ls in (('knn', '-'), ('linear', ':')):
-            if f'{k}_auc_macro' in probes: axs[2].plot(probes.epoch, probes[f'{k}_auc_macro'], color=PRETRAINED[NAMES[method]][0], ls=ls, marker='o', ms=2, label=f'{NAMES[method]}, {k}')
-    axs[2].set(title='probes', xlabel='epochs', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].set_ylim(bottom=min(.4, axs[2].get_ylim()[0])); axs[2].legend(fontsize=5.5, loc='lower right', ncols=2, columnspacing=1)
+            if f'{k}_auc_macro' in probes: axs[2].plot(probes.epoch, probes[f'{k}_auc_macro'], color=PRETRAINED[NAMES[method]][0], ls=ls, marker=PRETRAINED[NAMES[method]][1], ms=3, label=f'{NAMES[method]}, {k}')
+    axs[2].set(title='probes', ylabel='macro AUC'); axs[2].axhline(.5, color='0.8', lw=.8, zorder=0); axs[2].set_ylim(bottom=min(.4, axs[2].get_ylim()[0])); axs[2].legend(fontsize=6, loc='upper center', bbox_to_anchor=(.5, -.25), ncols=2, columnspacing=1)
+    for ax in axs: ax.set_xlabel('epochs'); ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
 
 def draw_restorations(axs, images, model, seed=0): # (n,5) axes; (n,px,px) uint8; an `Inpainter`
     "Original, holes, network, Telea's method (OpenCV), error of the network; the mean error in the holes below."
@@ -81,12 +82,12 @@ def encoder_embeddings(study, store, labels, device='cpu') -> dict: # pre-traini
     every = Batches(store.images, np.arange(len(store)), labels, 64, device)
     return {NAMES[k]: embed(e.to(device), every) for k,e in encoders.items()}
 
-def marks(values) -> list: # [(name, rows, colour, marker)]: classes in their colours, the rest by frequency, at most six
+def marks(values) -> list: # [(name, rows, colour, marker)]: classes in their looks, the rest by frequency, at most six
     "How the values of a column are drawn."
     values = pd.Series(values).astype(str).replace('', 'not known').reset_index(drop=True)
     order = [c for c in CLASSES if (values == c).any()] or values.value_counts().index[:6]
-    palette = [COLOURS.get(c, f'C{i}') for i,c in enumerate(order)]
-    return [(f'{c} ({(values == c).sum()})', np.flatnonzero(values == c), colour, m) for c,colour,m in zip(order, palette, 'o^sDvP')]
+    looks = [(COLOURS.get(c, OTHERS[i]), MARKERS.get(c, 'o^sDvP'[i])) for i,c in enumerate(order)]
+    return [(f'{c} ({(values == c).sum()})', np.flatnonzero(values == c), *look) for c,look in zip(order, looks)]
 
 def figure_embedding(embeddings:dict, # pre-training -> (N,D)
                      images:pd.DataFrame, # N rows of a cohort: label, view, source
@@ -98,11 +99,11 @@ def figure_embedding(embeddings:dict, # pre-training -> (N,D)
         for line,(name,z) in zip(axs, embeddings.items()):
             at = project_2d(z, seed)
             for ax,(column,values) in zip(line, columns.items()):
-                for label,rows,colour,m in marks(values): ax.scatter(*at[rows].T, s=7, color=colour, marker=m, lw=0, alpha=.75, label=label)
+                for label,rows,colour,m in marks(values): ax.scatter(*at[rows].T, s=float(np.clip(5000/len(images), 3, 16)), color=colour, marker=m, lw=.3, edgecolors='w', alpha=.9, label=label)
                 ax.set(xticks=[], yticks=[]); ax.spines[:].set(visible=True, color='0.8', lw=.5)
             line[0].set_ylabel(name)
         for ax,title in zip(axs[0], ('class', 'view', 'source')): ax.set_title(title)
-        for ax in axs[-1]: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.02), fontsize=6, ncols=2, handletextpad=.1, columnspacing=.6)
+        for ax in axs[-1]: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.02), ncols=2, handletextpad=.1, columnspacing=.6)
         plt.close(fig)
     return fig
 
