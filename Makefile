@@ -16,8 +16,8 @@ WHERE.slurm = --executor slurm --jobs $(JOBS) --latency-wait 60 --default-resour
 WHERE = $(or $(WHERE.$(EXECUTOR)),$(error EXECUTOR=$(EXECUTOR) is not known: local or slurm))
 UV := .uv/bin/uv
 BIN := .venv/bin
-# one `make paper` at a time: the kernel drops flock's lock when a process is killed, Snakemake's own would stay
-LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --conflict-exit-code 75 Snakefile)
+# one `make paper` at a time: the kernel drops flock's lock when it is killed, Snakemake's own would stay; jobs do not inherit it (--close), a job left over has a lock of its own
+LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --close --conflict-exit-code 75 Snakefile)
 SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock $(WHERE) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs $(MORE)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := agg
