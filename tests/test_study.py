@@ -147,13 +147,12 @@ def test_killed_at_random_moments(whole, tmp_path, kills):
     root,draw = clone(tmp_path/'clone', whole),np.random.default_rng(int(time.time()))
     for d in ('.venv', '.uv'): (root/d).symlink_to(ROOT/d)
     make = ['make', 'paper', 'PROFILE=tiny', 'CORES=2']
-    for k in range(kills):
-        with open(root/'killed.log', 'a') as log:
-            p = subprocess.Popen(make, cwd=root, env=environment(root), stdout=log, stderr=log, start_new_session=True)
-            seconds = draw.uniform(5, 80)
-            try: p.wait(seconds); raise AssertionError(f'finished before kill {k + 1}')
-            except subprocess.TimeoutExpired: kill_all(p)
-        print(f'kill {k + 1} after {seconds:.0f} s: {len(list(root.glob("runs/smoke/**/provenance.json")))} runs and {len(list(root.glob("figures/*")))} files of figures are there', flush=True)
+    jobs = lambda: len(list(root.glob('runs/smoke/**/*.ipynb'))) # those that reached their end
+    for after in np.sort(draw.integers(0, len(list(whole.glob('runs/smoke/**/*.ipynb'))) - 1, kills)):
+        with open(root/'killed.log', 'a') as log: p = subprocess.Popen(make, cwd=root, env=environment(root), stdout=log, stderr=log, start_new_session=True)
+        while jobs() < after: assert p.poll() is None, (root/'killed.log').read_text()[-3000:]; time.sleep(.05)
+        time.sleep(seconds := draw.uniform(0, 30)); assert p.poll() is None, 'finished before it was killed'
+        kill_all(p); print(f'killed {seconds:.0f} s after {after} jobs or more: {jobs()} jobs and {len(list(root.glob("figures/*")))} files in figures/ are there', flush=True)
     r = subprocess.run(make, cwd=root, env=environment(root), capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
     assert results(root) == results(whole)
