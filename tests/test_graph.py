@@ -48,7 +48,7 @@ def test_a_failed_training_is_tried_again_and_the_rest_goes_on(graph):
     assert first == 1 and names.count('finetune/resnet10t-none-fold1-seed0') == 3 and names.count('floors') == 1
     assert 'moco/resnet10t' in names and 'finetune/resnet10t-moco-fold0-seed0' in names and 'representations' in names and 'tables' not in names
     assert second == 0, out[-3000:]
-    assert {n for n,*_ in started(root)} == {'floors', 'tables', 'figures', 'readiness', 'scorecard', 'evaluation', 'reports'}
+    assert {n for n,*_ in started(root)} == {'floors', 'tables', 'figures', *EVALUATION, 'results'}
 
 def planned(root):
     "What a run would make now."
@@ -71,6 +71,7 @@ MOCO = {'moco/resnet10t', *(f'finetune/resnet10t-moco-fold{f}-seed0' for f in (0
 LABELS = {f'labels/resnet10t-freeze-inpainting-labels0.5-fold{f}-draw0' for f in (0, 1)}
 SCRATCH = {f'finetune/resnet10t-{r}-fold{f}-seed0' for f in (0, 1) for r in ('none', 'multitask-none', 'none-split_byimage')}
 EVALUATION = {'readiness', 'scorecard', 'evaluation', 'reports'}
+PAGES = {'tables', 'figures', 'diagram', 'results'} # that the study file, and every model, go into
 
 def test_times_of_files_prose_and_the_number_of_gpus_run_nothing(graph):
     "As after a checkout: every source is newer than every result."
@@ -80,16 +81,16 @@ def test_times_of_files_prose_and_the_number_of_gpus_run_nothing(graph):
         (root/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY | dict(gpus=1)))
         for d in ('nbs', 'cxrpaper', 'config'):
             for f in (root/d).iterdir(): os.utime(f)
-        assert planned(root) == {'tables', 'figures', 'representations', *EVALUATION}, 'these read the study file'
+        assert planned(root) == PAGES | {'representations'} | EVALUATION, 'these read the study file'
         (root/'config'/'tiny.yaml').write_text(study)
         assert planned(root) == set()
     finally: undo(); (root/'config'/'tiny.yaml').write_text(study)
 
 @pytest.mark.parametrize('what,expected', [
-    (('cxrpaper/tables.py',), {'tables', 'figures', 'representations', 'scorecard', 'evaluation', 'reports'}),
-    (('cxrpaper/moco.py',), MOCO | {'tables', 'figures', 'representations'} | {'reports'}),
-    (('cxrpaper/finetune.py',), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | {'tables', 'figures', 'representations'} | EVALUATION),
-    (('nbs/04_finetune.ipynb', 'code'), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | {'tables', 'figures'} | EVALUATION)])
+    (('cxrpaper/tables.py',), PAGES | {'representations', 'scorecard', 'evaluation', 'reports'}),
+    (('cxrpaper/moco.py',), MOCO | PAGES | {'representations', 'reports'}),
+    (('cxrpaper/finetune.py',), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | {'representations'} | EVALUATION),
+    (('nbs/04_finetune.ipynb', 'code'), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | EVALUATION)])
 def test_a_change_of_code_runs_what_depends_on_it(graph, what, expected):
     root,*_ = graph
     undo = change(root, *what)
