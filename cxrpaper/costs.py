@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'COLUMNS', 'THROUGHPUT', 'IMAGES', 'NOTEBOOK_MB', 'all_param
            'provenance_of', 'training_seconds', 'is_done', 'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text',
            'totals', 'lines', 'command']
 
-# %% ../nbs/04_costs.ipynb #ee514de5
+# %% ../nbs/04_costs.ipynb #9d686d05
 import ast, json, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from .runs import InputError, _git, code_digest, energy, project_root, resolve, 
 from .study import grid, pretraining_runs, read_study
 from .training import Batches, Watching, make_learner, start_device
 
-# %% ../nbs/04_costs.ipynb #51708f91
+# %% ../nbs/04_costs.ipynb #cfa8853d
 KINDS = dict( # notebook, its profiles, and the parameters that the speed depends on
     finetune=('nbs/04_finetune.ipynb', FINETUNE, ('arch', 'px', 'batch_size', 'freeze', 'augmentation', 'multitask', 'decoder', 'decoder_width')),
     moco=('nbs/03_moco.ipynb', MOCO, ('arch', 'px', 'batch_size', 'augmentation', 'queue', 'bn_groups')),
@@ -66,7 +66,7 @@ def trainings(study:dict # from `read_study`
         out[r] = (kind, p, cost_key(kind, p))
     return out
 
-# %% ../nbs/04_costs.ipynb #b2b7ea03
+# %% ../nbs/04_costs.ipynb #70f6bacd
 class Timing(Callback):
     "Seconds of each epoch: training, validation."
     order = 60 # after everything that an epoch does, the checkpoint too
@@ -84,7 +84,7 @@ def made_up(px:int, n:int, seed=0) -> SimpleNamespace: # images, masks (n,px,px)
     images = g.integers(0, 256, (n, px, px), np.uint8); masks = np.zeros_like(images); masks[:, px//4:px//2, px//4:px//2] = 1
     return SimpleNamespace(images=images, masks=masks, labels=np.arange(n) % 4)
 
-# %% ../nbs/04_costs.ipynb #1b391b3a
+# %% ../nbs/04_costs.ipynb #bca83273
 def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: from `all_params`; file: of the checkpoint
     "The learner of a run, on made-up radiographs."
     p = SimpleNamespace(**vars(p) | dict(pretrain='none', weights=None))
@@ -101,7 +101,7 @@ def learner(kind:str, p, device, file, n_train:int, n_val:int, timing): # p: fro
     else: model,loss,task = Inpainter(encoder, p.decoder_width), InpaintingLoss(p.hole_weight, p.rest_weight, p.power), Holing(Holes(p.hole_kind), p.hole_fill, PRESETS[p.augmentation])
     return make_learner(model, train, val, loss, Watching(), p.seed, file, OPTIMISERS[p.optimizer], p.weight_decay, cbs=[task, timing])
 
-# %% ../nbs/04_costs.ipynb #2ba83e75
+# %% ../nbs/04_costs.ipynb #e98d5e94
 def measure_training(kind:str, p,     # p: from `all_params`
                      device=None,     # None: cuda where there is one
                      seconds:float=5., # of training, at least, after the warm-up
@@ -137,7 +137,7 @@ def predict_rate(model, data, p, device, n=3) -> float: # images a second, the f
         (z[-1] if isinstance(z, (tuple, list)) else z).float().sum().item(); took.append(time.perf_counter() - start)
     return len(data.images)/min(took[1:])
 
-# %% ../nbs/04_costs.ipynb #377217f0
+# %% ../nbs/04_costs.ipynb #9cc8360c
 THROUGHPUT = 'config/throughput.csv'
 
 def device_name() -> str: # as provenance names it
@@ -174,7 +174,7 @@ def as_text(v) -> str: # the same for a parameter and for what a csv made of it
     if v is None or v != v: return ''
     return str(v) if isinstance(v, (bool, np.bool_, str)) else f'{v:g}'
 
-# %% ../nbs/04_costs.ipynb #cfdcd156
+# %% ../nbs/04_costs.ipynb #3b041b74
 def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
     "Measure every kind of training of a study on this machine, and what a job takes beside its training; each is kept as soon as it is known."
     kinds = {key: p for _,p,key in trainings(study).values()}
@@ -187,7 +187,7 @@ def measure_study(study:dict, seconds:float=5., path=THROUGHPUT, progress=True):
         if progress: print(f"{i + 1}/{len(kinds)} {' '.join(str(v) for v in key if v is not None)}: {found['images_per_s']:.0f} images/s ({time.time() - begun:.0f} s)", flush=True)
     keep_throughput([now | dict(kind='job', start_s=measure_start())], path)
 
-# %% ../nbs/04_costs.ipynb #4703e1f8
+# %% ../nbs/04_costs.ipynb #c9e70432
 IMAGES = dict(siim=6117, chestxray14=CORPORA['chestxray14']['counts']['images'], chexpert=CORPORA['chexpert']['counts']['frontal images']) # SIIM's after the organisers' rule (01_cohort)
 
 def image_counts(study:dict) -> tuple: # labelled images, unlabelled images; None where not known
@@ -212,7 +212,7 @@ def training_seconds(kind:str, p, rate:dict, labelled:int, unlabelled:int) -> fl
     probes = 1 + -(-p.epochs//p.probe_every)
     return p.epochs*(unlabelled/rate['images_per_s'] + rate['epoch_end_s']) + 3*probes*labelled/seen
 
-# %% ../nbs/04_costs.ipynb #edb54665
+# %% ../nbs/04_costs.ipynb #8f2be8ee
 def is_done(run, kind, p, digests) -> bool: # digests: kind -> code digest
     "Is the run finished, by this code, with these parameters?"
     made = provenance_of(run)
@@ -255,7 +255,7 @@ def plan(study:dict, # from `read_study`
     df = pd.DataFrame(rows.values())
     return df.assign(hours=(df.runs - df.done)*df.seconds/3600)
 
-# %% ../nbs/04_costs.ipynb #e0c198c2
+# %% ../nbs/04_costs.ipynb #4b024ca4
 NOTEBOOK_MB = 1. # an executed notebook with its figures, and a run's tables: an upper bound, seen in the smoke study
 
 def disk_gb(study:dict, table:pd.DataFrame, labelled, unlabelled, parallel:int=1) -> dict: # table: from `plan`; parallel: runs at the same time
@@ -288,7 +288,7 @@ def lines(t:pd.DataFrame) -> str: # one line per kind of training
     return pd.DataFrame([dict(training=what(r), epochs=r.epochs, runs=r.runs, done=r.done, **{'min each': f'{r.seconds/60:.1f}' if r.seconds == r.seconds else 'not measured', 'h to do': f'{r.hours:.1f}' if r.hours == r.hours else ''})
                          for r in t.itertuples()]).to_string(index=False)
 
-# %% ../nbs/04_costs.ipynb #4c30e66c
+# %% ../nbs/04_costs.ipynb #7523e692
 def command(argv=None):
     "Console script `cxr_plan`: what a study would take."
     import argparse
