@@ -6,10 +6,11 @@
 __all__ = ['ROWS', 'MORE', 'DIGESTS', 'matches', 'table_cells', 'runs_of', 'run_record', 'origin', 'where', 'describe_run',
            'where_text', 'where_command', 'pages', 'compare_folders', 'verify', 'verify_command']
 
-# %% ../nbs/08_lineage.ipynb #b4b05abd
+# %% ../nbs/08_lineage.ipynb #88a450e4
 import argparse, json, os, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 import numpy as np
 import pandas as pd
 from .runs import InputError, file_digest, project_root, resolve, show_path
@@ -17,7 +18,7 @@ from .results import audit
 from .study import evaluated_rows, pretraining_runs, read_study
 from .tables import missing_runs
 
-# %% ../nbs/08_lineage.ipynb #ed87dd04
+# %% ../nbs/08_lineage.ipynb #a161049b
 ROWS = ('row', 'part', 'by', 'question') # the column that names a line, in the order in which it is looked for
 MORE = dict(part='test', by='level')    # and the one that goes on
 DIGESTS = ('code', 'cohort digest')     # told by their first digits
@@ -61,7 +62,7 @@ def runs_of(df, r) -> list: # the table; one of its lines
     lines = [df[(df.row == a) & df.runs.notna() & ((df.labels == f) if f == f and f is not None else True)] for a,f in sides]
     return list(dict.fromkeys(run for part in lines for text in part.runs for run in text.split()))
 
-# %% ../nbs/08_lineage.ipynb #03af8f55
+# %% ../nbs/08_lineage.ipynb #9e98f0d1
 def run_record(run:str, then:dict=None) -> dict: # then: what the sidecar says of it
     "What is known of a run: its own provenance, else what the sidecar kept. `state`: 'here', 'made again since', 'not here'."
     file = resolve(run)/'provenance.json'
@@ -84,7 +85,7 @@ def where(table, row=None, col=None, labels=None, than=None) -> list: # one dict
         out.append({k: v for k,v in r.items() if v == v and v is not None} | dict(runs=runs, about=about))
     return out
 
-# %% ../nbs/08_lineage.ipynb #e916bb9f
+# %% ../nbs/08_lineage.ipynb #cd06ac38
 def describe_run(r:dict, indent='  ') -> list: # lines
     "A run in words: state, commit, data, parameters, versions, cost."
     short = lambda v: str(v)[:12]
@@ -124,7 +125,7 @@ def where_command(argv=None):
     try: print(json.dumps(found, indent=1, default=str) if a.json else where_text(found, a.table), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # `| head` has seen enough
 
-# %% ../nbs/08_lineage.ipynb #0c60648d
+# %% ../nbs/08_lineage.ipynb #9fcd5333
 def pages(study:dict) -> list: # file names in nbs/, in order
     "The notebooks that write into a study's figures folder."
     asked = evaluated_rows(study)
@@ -145,7 +146,7 @@ def verify(study_file, only=None, progress=True) -> pd.DataFrame: # only: some o
     study = read_study(study_file); home = resolve(study['figures'])
     found = audit(home); found = found[[resolve(f).parent == home for f in found.file]]
     if gone := missing_runs(study): raise InputError(f'{len(gone)} of its runs are not here, the first is {gone[0]}', file=str(study_file), cure='make paper, or cxr_verify --files, which needs no runs')
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, patch.dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''): # as in the Snakefile: sums depend on threads and devices
         out = Path(folder)/'figures'; out.mkdir()
         for page in pages(study):
             if only and page not in only: continue
@@ -155,7 +156,7 @@ def verify(study_file, only=None, progress=True) -> pd.DataFrame: # only: some o
         if only: again = again[again.problem != 'no notebook makes it']
     return pd.concat([found, again.assign(file=[f"{study['figures']}/{f}" for f in again.file])], ignore_index=True)
 
-# %% ../nbs/08_lineage.ipynb #3158c1ae
+# %% ../nbs/08_lineage.ipynb #febe4b17
 def verify_command(argv=None):
     "Console script `cxr_verify`: do the tables and figures follow from the saved runs?"
     a = argparse.ArgumentParser(prog='cxr_verify', description='Recompute every table and figure from the saved runs; exit status 1 if one differs.')
