@@ -7,7 +7,7 @@ __all__ = ['LITE0_SHA256', 'MOCO_CXR', 'CARD', 'input_statistics', 'Encoder', 'C
            'classification_loss', 'BalancedCE', 'BalancedBCE', 'lite0_to_timm', 'read_weights', 'verify_sha256',
            'weights_url', 'imagenet_file', 'download', 'fit_weights', 'weights_digest', 'save_weights', 'load_weights',
            'published_state', 'load_pretrained', 'run_weights', 'model_card', 'release_weights', 'describe',
-           'native_bf16', 'autocast_for', 'fastest']
+           'default_precision', 'autocast_for', 'fastest']
 
 # %% ../nbs/02_models.ipynb #1e22f86d
 import difflib, hashlib, json, pickle, re, sys, urllib.request
@@ -532,17 +532,19 @@ def describe(model:nn.Module, # takes (N, in_chans, px, px)
                 n_params=sum(p.numel() for p in model.parameters()), macs=count.get_total_flops()//2)
 
 # %% ../nbs/02_models.ipynb #dd80fbb7
-def native_bf16(device='cpu' # a torch device
-               ) -> bool:
-    "Does this device compute in bf16 itself?"
-    if torch.device(device).type == 'cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.device(device).type != 'cpu': return False
-    return any(getattr(torch.cpu, f'_is_{name}_supported', bool)() for name in ('avx512_bf16', 'amx_tile'))
+def default_precision(device='cpu' # a torch device
+                     ) -> str:
+    "What a device computes in unless told otherwise: 'bf16' on a GPU that multiplies it natively, else 'float32', the same on every processor."
+    if torch.device(device).type != 'cuda': return 'float32'
+    return 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
 
 # %% ../nbs/02_models.ipynb #d818c157
-def autocast_for(device='cpu'): # a torch device
-    "The autocast context to run a model in: bf16 where native, else float32 unchanged."
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=native_bf16(device))
+def autocast_for(device='cpu',        # a torch device
+                 precision:str=None): # 'float32' or 'bf16'; None: `default_precision`
+    "The autocast context to run a model in."
+    precision = precision or default_precision(device)
+    if precision not in ('float32', 'bf16'): raise InputError(f'{precision!r} is not known', field='precision', cure="give 'float32' or 'bf16'")
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == 'bf16')
 
 def fastest(model:nn.Module, device='cpu') -> nn.Module: # the same module, moved
     "The model on `device`, in channels_last; run it inside `autocast_for(device)`."

@@ -99,7 +99,7 @@ class Seeding(Callback):
 
 # %% ../nbs/02_training.ipynb #0713caff
 class Autocasting(Callback):
-    "Forward pass and loss in bfloat16 where the device computes in it, predictions back in float32."
+    "Forward pass and loss in the precision of the device, predictions back in float32."
     order = 10
     def before_batch(self): self.cast = autocast_for(self.dls.train.device); self.cast.__enter__()
     def after_pred(self): self.learn.pred = tuple(p.float() for p in self.pred) if isinstance(self.pred, tuple) else self.pred.float()

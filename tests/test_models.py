@@ -561,14 +561,16 @@ def test_describe_leaves_the_model_as_it_was():
     assert describe(model, 64)['arch'] == 'tf_efficientnet_lite0'
     assert model.training and weights_digest(model) == before
 
-def test_bf16_only_where_the_processor_has_it():
-    info = Path('/proc/cpuinfo')
-    if not info.exists(): pytest.skip('needs /proc/cpuinfo')
-    flags = info.read_text()
-    assert native_bf16('cpu') == any(f in flags for f in ('avx512_bf16', 'amx_tile'))
-    with autocast_for('cpu'): out = torch.nn.Linear(4, 4)(torch.rand(2, 4))
-    assert out.dtype == (torch.bfloat16 if native_bf16('cpu') else torch.float32)
-    assert not native_bf16('meta')
+def test_a_cpu_computes_in_float32_whatever_it_could(lite0):
+    "The counter-test: bf16 can be asked for on any processor, and changes the numbers."
+    model = lite0.eval(); x = torch.rand(2, 1, 64, 64)
+    assert default_precision('cpu') == default_precision('meta') == 'float32'
+    with torch.no_grad():
+        plain = model(x)[-1]
+        with autocast_for('cpu'): same = model(x)[-1]
+        with autocast_for('cpu', 'bf16'): other = model(x)[-1]
+    assert same.dtype == torch.float32 and torch.equal(plain, same)
+    assert other.dtype == torch.bfloat16 and 0 < float((other.float() - plain).abs().max()) < .1*float(plain.abs().max())
 
 def test_channels_last_changes_nothing(lite0):
     import copy
@@ -583,7 +585,7 @@ def test_gpu_bf16_agrees_with_cpu(lite0):
     with torch.no_grad():
         with autocast_for('cuda'): out = model(x.cuda())[-1]
         ref = lite0(x)[-1]
-    assert (out.dtype == torch.bfloat16) == native_bf16('cuda')
+    assert (out.dtype == torch.bfloat16) == (default_precision('cuda') == 'bf16')
     assert torch.corrcoef(torch.stack([out.float().cpu().flatten(), ref.flatten()]))[0, 1] > .999
 
 # --- the known reference on real radiographs ------------------------------------------------------------------------------------------
