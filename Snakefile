@@ -62,42 +62,42 @@ rule all:
 
 if PHANTOM:
     rule phantom:
-        input: nb=ancient('nbs/00_phantom.ipynb')
+        input: nb=ancient('nbs/appendix/data/phantom.ipynb')
         output: f'{RUNS}/phantom.ipynb'
-        params: code=code('phantom'), y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
+        params: code=code('data.phantom'), y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
         log: f'{RUNS}/logs/phantom.log'
         threads: 2
         shell: CPU
 
 rule cohort:
-    input: nb=ancient('nbs/01_cohort.ipynb'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
+    input: nb=ancient('nbs/01_data.ipynb'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
-    params: code=code('cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
+    params: code=code('data.cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
     threads: DECODING
     shell: CPU
 
 rule store:
-    input: nb=ancient('nbs/01_store.ipynb'), data=f'{RUNS}/cohort.ipynb'
+    input: nb=ancient('nbs/appendix/data/store.ipynb'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/store.ipynb'
-    params: code=code('store'), y=yaml_for(**DATA, px=study['px'], workers=DECODING)
+    params: code=code('data.store'), y=yaml_for(**DATA, px=study['px'], workers=DECODING)
     log: f'{RUNS}/logs/store.log'
     threads: DECODING
     shell: CPU
 
-rule floors:
-    input: nb=ancient('nbs/04_floors.ipynb'), data=f'{RUNS}/cohort.ipynb'
-    output: f'{RUNS}/floors.ipynb'
-    params: code=code('floors'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/floors')
-    log: f'{RUNS}/logs/floors.log'
+rule baselines:
+    input: nb=ancient('nbs/appendix/evaluation/baselines.ipynb'), data=f'{RUNS}/cohort.ipynb'
+    output: f'{RUNS}/baselines.ipynb'
+    params: code=code('evaluation.baselines'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/baselines')
+    log: f'{RUNS}/logs/baselines.log'
     shell: CPU
 
 if PHANTOMS:
     rule further_phantom:
-        input: nb=ancient('nbs/00_phantom.ipynb')
+        input: nb=ancient('nbs/appendix/data/phantom.ipynb')
         output: f'{RUNS}/{{which}}_phantom.ipynb'
         wildcard_constraints: which='|'.join(PHANTOMS)
-        params: code=code('phantom'), y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
+        params: code=code('data.phantom'), y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
         log: f'{RUNS}/logs/{{which}}_phantom.log'
         shell: CPU
 
@@ -118,7 +118,7 @@ rule finetune:
            weights=lambda w: [f'{f}/pretraining.ipynb' for f in [MODELS[f'{RUNS}/{w.kind}/{w.name}'].get('weights')] if f]
     output: f'{RUNS}/{{kind}}/{{name}}/04_finetune.ipynb'
     wildcard_constraints: kind='finetune|labels'
-    params: code=code('finetune'), y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/{w.kind}/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/{w.kind}/{w.name}')
+    params: code=code('training.finetune'), y=lambda w: yaml_for(**{k: v for k,v in MODELS[f'{RUNS}/{w.kind}/{w.name}'].items() if k != 'profile'}, run=f'{RUNS}/{w.kind}/{w.name}')
     log: f'{RUNS}/logs/{{kind}}/{{name}}.log'
     threads: study['threads']
     resources: **COST
@@ -127,35 +127,35 @@ rule finetune:
 
 rule tables:
     input: nb=ancient('nbs/06_tables.ipynb'), study=STUDY, reported='config/reported.csv',
-           floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
+           baselines=f'{RUNS}/baselines.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
-    params: code=code('tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+    params: code=code('paper.tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/tables.log'
     shell: CPU
 
 rule figures:
     input: nb=ancient('nbs/07_figures.ipynb'),
-           study=STUDY, floors=f'{RUNS}/floors.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
+           study=STUDY, baselines=f'{RUNS}/baselines.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/figures.ipynb'
-    params: code=code('figures'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+    params: code=code('paper.figures'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
     log: f'{RUNS}/logs/figures.log'
     shell: CPU
 
 if PRETRAINED:
     rule representations:
-        input: nb=ancient('nbs/07_representations.ipynb'),
+        input: nb=ancient('nbs/appendix/paper/representations.ipynb'),
                study=STUDY, models=[f'{m}/pretraining.ipynb' for m in PRETRAINED]
         output: f'{RUNS}/representations.ipynb'
-        params: code=code('representations'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+        params: code=code('paper.representations'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/representations.log'
         shell: CPU
 
 if EVALUATED:
     rule readiness:
-        input: nb=ancient('nbs/05_readiness.ipynb'), study=STUDY, floors=f'{RUNS}/floors.ipynb', external=made('external'),
+        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, baselines=f'{RUNS}/baselines.ipynb', external=made('external'),
                models=[f'{m}/04_finetune.ipynb' for row in [*EVALUATED, *leaking_rows(study).values()] for m in row_runs(study, row)]
         output: f'{RUNS}/readiness.ipynb'
-        params: code=code('readiness'), y=yaml_for(study=STUDY, missing='error')
+        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, missing='error')
         log: f'{RUNS}/logs/readiness.log'
         threads: study['threads']
         resources: **COST
@@ -163,53 +163,53 @@ if EVALUATED:
         shell: GPU
 
     rule scorecard:
-        input: nb=ancient('nbs/06_scorecard.ipynb'), study=STUDY, reported='config/reported.csv', data=f'{RUNS}/readiness.ipynb'
+        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, reported='config/reported.csv', data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/scorecard.ipynb'
-        params: code=code('scorecard'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/scorecard.log'
         shell: CPU
 
     rule evaluation:
-        input: nb=ancient('nbs/07_evaluation.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
+        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
         output: f'{RUNS}/evaluation.ipynb'
-        params: code=code('evaluation'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/evaluation.log'
         shell: CPU
 
     rule reports: # last, since what they point at must be there
-        input: nb=ancient('nbs/06_reports.ipynb'), study=STUDY, data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
+        input: nb=ancient('nbs/appendix/paper/reports.ipynb'), study=STUDY, data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
         output: f'{RUNS}/reports.ipynb'
-        params: code=code('reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+        params: code=code('paper.reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: CPU
 
 rule diagram:
-    input: nb=ancient('nbs/07_diagram.ipynb'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
+    input: nb=ancient('nbs/appendix/paper/diagram.ipynb'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/diagram.ipynb'
     params: code=[code(m) for m in ('diagram', 'moco', 'inpainting', 'finetune')], y=yaml_for(study=STUDY, out=study['figures'], missing='error') # it shows the defaults of three notebooks
     log: f'{RUNS}/logs/diagram.log'
     shell: CPU
 
 rule results: # the page that shows them all, when all are there
-    input: nb=ancient('nbs/08_results.ipynb'), study=STUDY, data=PAGES
+    input: nb=ancient('nbs/appendix/paper/provenance.ipynb'), study=STUDY, data=PAGES
     output: f'{RUNS}/results.ipynb'
-    params: code=code('results'), y=yaml_for(study=STUDY, at=RUNS)
+    params: code=code('paper.provenance'), y=yaml_for(study=STUDY, at=RUNS)
     log: f'{RUNS}/logs/results.log'
     shell: CPU
 
 # by hand, before anything else: `snakemake runs/study/data.ipynb --config study=config/study.yaml` holds the copy at data_root against what is published (01_download tells how to get it)
 rule data:
-    input: nb=ancient('nbs/01_download.ipynb')
+    input: nb=ancient('nbs/appendix/data/download.ipynb')
     output: f'{RUNS}/data.ipynb'
-    params: code=code('download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
+    params: code=code('data.download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
     log: f'{RUNS}/logs/data.log'
     shell: CPU
 
 # by hand, on the machine that a plan is made for: `make measure` times every kind of training of the study (04_costs)
 rule costs:
-    input: nb=ancient('nbs/04_costs.ipynb')
+    input: nb=ancient('nbs/appendix/training/throughput.ipynb')
     output: f'{RUNS}/costs.ipynb'
-    params: code=code('costs'), y=yaml_for(study=STUDY, measure=True)
+    params: code=code('training.throughput'), y=yaml_for(study=STUDY, measure=True)
     log: f'{RUNS}/logs/costs.log'
     threads: study['threads']
     resources: **COST

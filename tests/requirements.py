@@ -1,10 +1,14 @@
 "Print the direct requirements of settings.ini, one a line: what `make lock` compiles and what test_environment.py checks."
+
 from configparser import ConfigParser
 from pathlib import Path
 
-def direct_requirements(path=Path(__file__).parent.parent/'settings.ini'):
+
+def direct_requirements(path=Path(__file__).parent.parent / 'settings.ini'):
     settings = ConfigParser(interpolation=None)
     settings.read(path, encoding='utf-8')
     return (settings['DEFAULT']['requirements'] + ' ' + settings['DEFAULT']['dev_requirements']).split()
 
-if __name__ == '__main__': print('\n'.join(direct_requirements()))
+
+if __name__ == '__main__':
+    print('\n'.join(direct_requirements()))

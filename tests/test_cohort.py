@@ -1,31 +1,62 @@
 "The cohort on the real tables and radiographs, and on small trees with one fault each."
-import shutil, warnings
-import cv2, numpy as np, pandas as pd, pytest
+
+import shutil
+import warnings
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from cxrpaper import cohort as C
-from cxrpaper.cohort import (CLASSES, COLUMNS, COPY_DISTANCE, HEADINGS, assign_folds, audit_leaks, box_statistics, clip_boxes, copy_distance, hash_cohort, hash_distances, load_cohort,
-                             near_duplicates, organisers_rule, parse_boxes, parse_label, perceptual_hashes, read_cohort, read_siim, save_cohort, table_cohort, union_area)
-from cxrpaper.phantom import PhantomConfig, write_phantom
-from cxrpaper.runs import InputError, project_root
 
-REAL = project_root().parent/'shared'/'data'
-TABLES, CXR = REAL/'siim_tables', REAL/'real_cxr'
-needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason='the tables of SIIM are not on this machine (../shared/data/siim_tables)')
-needs_cxr = pytest.mark.skipif(not CXR.is_dir(), reason='the real radiographs are not on this machine (../shared/data/real_cxr)')
+from cxrpaper.data import cohort as C
+from cxrpaper.data.cohort import box_statistics, clip_boxes, load_cohort, save_cohort, table_cohort, union_area
+from cxrpaper.data.folds import (
+    DUPLICATE_DISTANCE,
+    assign_folds,
+    audit_leaks,
+    duplicate_distance,
+    hash_cohort,
+    hash_distances,
+    near_duplicates,
+    perceptual_hashes,
+)
+from cxrpaper.data.phantom import PhantomConfig, write_phantom
+from cxrpaper.data.readers import HEADINGS, organisers_rule, parse_boxes, parse_label, read_cohort, read_siim
+from cxrpaper.runs import InputError, project_root
+from cxrpaper.schema import CLASSES, COLUMNS
+
+REAL = project_root().parent / 'shared' / 'data'
+TABLES, CXR = REAL / 'siim_tables', REAL / 'real_cxr'
+needs_tables = pytest.mark.skipif(
+    not TABLES.is_dir(), reason='the tables of SIIM are not on this machine (../shared/data/siim_tables)'
+)
+needs_cxr = pytest.mark.skipif(
+    not CXR.is_dir(), reason='the real radiographs are not on this machine (../shared/data/real_cxr)'
+)
 
 # ---- the published tables -------------------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.filterwarnings('ignore:Invalid value for VR UI') # SIIM's own study ids are no valid UIDs either
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:Invalid value for VR UI'
+)  # SIIM's own study ids are no valid UIDs either
+
 
 @pytest.fixture(scope='module')
-def before(): return read_cohort(TABLES, rule=False)
+def before():
+    return read_cohort(TABLES, rule=False)
+
 
 @pytest.fixture(scope='module')
-def after(): return read_cohort(TABLES)
+def after():
+    return read_cohort(TABLES)
 
-def per_class(series): return series.value_counts().reindex(range(4), fill_value=0).tolist()
+
+def per_class(series):
+    return series.value_counts().reindex(range(4), fill_value=0).tolist()
+
 
 @needs_tables
 def test_siim_counts(before, after):
@@ -38,6 +69,7 @@ def test_siim_counts(before, after):
     assert a.study.nunique() == 6054, 'the rule drops images, never a study'
     assert (b.height.min(), b.height.max(), b.width.min(), b.width.max()) == (846, 4891, 1140, 4891)
 
+
 @needs_tables
 def test_siim_boxes(before, after):
     s = box_statistics(before.images)
@@ -45,10 +77,15 @@ def test_siim_boxes(before, after):
     assert s.boxes.tolist() == [0, 5881, 1435, 537] and s.boxes.sum() == 7853
     assert s.both_halves[1:].mul(100).round().tolist() == [99, 32, 32]
     assert s.median_area[1:].mul(100).round(1).tolist() == [17.6, 6.2, 5.8]
-    pd.testing.assert_frame_equal(s, box_statistics(after.images)) # the rule drops no image with boxes
+    pd.testing.assert_frame_equal(s, box_statistics(after.images))  # the rule drops no image with boxes
     assert (after.images.label > 0).sum() == 4381 and after.images.annotated.sum() == 1736 + 4294
     assert after.notes['images_with_clipped_boxes'] == 1
-    assert all(x >= 0 and y >= 0 and x+w <= W+1e-6 and y+h <= H+1e-6 for r,W,H in zip(after.images.boxes, after.images.width, after.images.height) for x,y,w,h in r)
+    assert all(
+        x >= 0 and y >= 0 and x + w <= W + 1e-6 and y + h <= H + 1e-6
+        for r, W, H in zip(after.images.boxes, after.images.width, after.images.height)
+        for x, y, w, h in r
+    )
+
 
 @needs_tables
 def test_siim_patients(before):
@@ -57,98 +94,158 @@ def test_siim_patients(before):
     assert (g.study.nunique() > 1).sum() == 1200 and g.study.nunique().max() == 25
     assert (g.label.nunique() > 1).sum() == 770
 
+
 @needs_tables
 def test_siim_splits(after):
     "What study.md says of leakage: nothing by patient, more than half by study, about 63 % of images in an image split."
     im = after.images
     shares = im.label.value_counts(normalize=True).sort_index().values
     folds = assign_folds(im, 5, 0)
-    assert np.abs(pd.crosstab(folds, im.label, normalize='index').values - shares).max() < .01
+    assert np.abs(pd.crosstab(folds, im.label, normalize='index').values - shares).max() < 0.01
     assert pd.crosstab(im.patient, folds).gt(0).sum(axis=1).max() == 1
     assert audit_leaks(im, folds).leaked.tolist() == [0, 0, 0]
     study, image = (audit_leaks(im, assign_folds(im, 5, 0, by)).set_index('level') for by in ('study', 'image'))
-    assert study.leaked['study'] == 0 and .54 < study.share['patient'] < .58 and .59 < study.images['patient'] < .63
-    assert image.leaked['study'] > 0 and .55 < image.share['patient'] < .59 and .60 < image.images['patient'] < .65
+    assert study.leaked['study'] == 0 and 0.54 < study.share['patient'] < 0.58 and 0.59 < study.images['patient'] < 0.63
+    assert image.leaked['study'] > 0 and 0.55 < image.share['patient'] < 0.59 and 0.60 < image.images['patient'] < 0.65
     assert not np.array_equal(folds, assign_folds(im, 5, 1)) and np.array_equal(folds, assign_folds(im, 5, 0))
+
 
 @needs_tables
 def test_siim_round_trip(after, tmp_path):
     folds = np.arange(len(after.images)) % 5
-    save_cohort(after, tmp_path/'c', fold=folds)
-    again = load_cohort(tmp_path/'c')
+    save_cohort(after, tmp_path / 'c', fold=folds)
+    again = load_cohort(tmp_path / 'c')
     assert again.digest == after.digest and (again.images.fold == folds).all() and again.root == after.root
     assert again.images.boxes.tolist() == after.images.boxes.tolist()
-    assert read_cohort(tmp_path/'c').digest == after.digest # adapter 'saved'
+    assert read_cohort(tmp_path / 'c').digest == after.digest  # adapter 'saved'
     t = table_cohort(after, folds).set_index(['by', 'level', 'count'])
     assert t.loc['all', '', 'patients']['all'].item() == 3261 and t.loc['all', '', 'boxes'][['typical']].item() == 5881
     assert t.loc['fold'].xs('boxes', level='count')['all'].sum() == 7853
 
+
 def test_digest_sees_every_column(tmp_path):
-    c = read_cohort(tiny(tmp_path/'t'))
+    c = read_cohort(tiny(tmp_path / 't'))
     for k in COLUMNS:
-        changed = c.images.copy(); v = changed[k].iloc[0]
-        changed[k] = [([(1., 1., 2., 2.)] if k == 'boxes' else not v if k == 'annotated' else v + '_' if isinstance(v, str) else 7)] + changed[k].tolist()[1:]
+        changed = c.images.copy()
+        v = changed[k].iloc[0]
+        changed[k] = [
+            (
+                [(1.0, 1.0, 2.0, 2.0)]
+                if k == 'boxes'
+                else not v
+                if k == 'annotated'
+                else v + '_'
+                if isinstance(v, str)
+                else 7
+            )
+        ] + changed[k].tolist()[1:]
         assert C.Cohort(changed, c.root, c.name).digest != c.digest, k
-    assert C.Cohort(c.images.assign(fold=1), c.root/'elsewhere', 'x').digest == c.digest
+    assert C.Cohort(c.images.assign(fold=1), c.root / 'elsewhere', 'x').digest == c.digest
+
 
 # ---- real radiographs -----------------------------------------------------------------------------------------------------
+
 
 @needs_cxr
 def test_real_cxr():
     c, everything = read_cohort(CXR), read_cohort(CXR, 'real_cxr_all')
     im = c.images
-    assert per_class(im.label) == [55, 51, 47, 97] and len(everything.images) == 987 and (everything.images.label >= 0).sum() == 250
+    assert (
+        per_class(im.label) == [55, 51, 47, 97]
+        and len(everything.images) == 987
+        and (everything.images.label >= 0).sum() == 250
+    )
     s = box_statistics(im)
     assert s.both_halves[['typical', 'indeterminate']].tolist() == [1, 0] and s.boxes.tolist() == [0, 103, 49, 0]
     assert (im.height == 1024).all() and im.annotated.all() and im.source.eq('nih').all()
     assert im[im.label == 1]['view'].value_counts().to_dict() == dict(AP=44, PA=7)
     assert (everything.images.mask_path != '').sum() == 32 and (everything.images.lung_mask_path != '').sum() == 78
-    assert all((c.root/p).is_file() for p in everything.images.path) and all((c.root/p).is_file() for p in everything.images.mask_path if p)
+    assert all((c.root / p).is_file() for p in everything.images.path) and all(
+        (c.root / p).is_file() for p in everything.images.mask_path if p
+    )
     for data in (im, everything.images):
         assert audit_leaks(data, assign_folds(data, 5)).leaked.tolist() == [0, 0, 0]
         assert audit_leaks(data, assign_folds(data, 5, by='image')).leaked[0] > 0
     assert (everything.images.groupby('group').patient.nunique() > 1).any(), 'groups are coarser than patients'
 
+
 @pytest.fixture(scope='module')
 def radiographs():
-    if not CXR.is_dir(): pytest.skip('the real radiographs are not on this machine (../shared/data/real_cxr)')
+    if not CXR.is_dir():
+        pytest.skip('the real radiographs are not on this machine (../shared/data/real_cxr)')
     c = read_cohort(CXR, surrogate=False)
-    pixels = [cv2.imread(str(c.root/p), cv2.IMREAD_GRAYSCALE) for p in c.images.path]
+    pixels = [cv2.imread(str(c.root / p), cv2.IMREAD_GRAYSCALE) for p in c.images.path]
     return c, pixels, perceptual_hashes(pixels)
 
-def gamma(a, g): return (255*(a/255)**g).astype(np.uint8)
-def jpeg(a, q): return cv2.imdecode(cv2.imencode('.jpg', a, [cv2.IMWRITE_JPEG_QUALITY, q])[1], cv2.IMREAD_GRAYSCALE)
-def crop(a, f): h,w = a.shape; return a[int(h*f):h-int(h*f), int(w*f):w-int(w*f)]
-def rotate(a, t): h,w = a.shape; return cv2.warpAffine(a, cv2.getRotationMatrix2D((w/2, h/2), t, 1), (w, h))
-def stretch(a): lo,hi = np.percentile(a, (5, 95)); return (np.clip((a-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
 
-COPIES = dict( # how it was changed: (change, share found at least, at most)
-    same=(lambda a: a, 1, 1), jpeg30=(lambda a: jpeg(a, 30), 1, 1), small=(lambda a: cv2.resize(a, (128, 128), interpolation=cv2.INTER_AREA), 1, 1),
-    brighter=(lambda a: gamma(a, .7), 1, 1), darker=(lambda a: gamma(a, 1.5), 1, 1), window=(stretch, .99, 1), clahe=(lambda a: cv2.createCLAHE(2, (8, 8)).apply(a), .99, 1),
-    negative=(lambda a: 255-a, 1, 1), crop1=(lambda a: crop(a, .01), .99, 1), combined=(lambda a: jpeg(gamma(crop(a, .01), .8), 50), .99, 1), equalised=(cv2.equalizeHist, .97, 1),
-    text=(lambda a: cv2.putText(a.copy(), 'R AP 12:30', (20, 60), 0, 1.2, 255, 3), .96, 1), bars=(lambda a: cv2.copyMakeBorder(a, 0, 0, 12, 12, cv2.BORDER_CONSTANT, value=0), .95, 1),
-    rotated=(lambda a: rotate(a, 2), .85, .97), crop2=(lambda a: crop(a, .02), .55, .8), crop5=(lambda a: crop(a, .05), 0, .02), mirrored=(lambda a: a[:, ::-1], 0, .02))
+def gamma(a, g):
+    return (255 * (a / 255) ** g).astype(np.uint8)
+
+
+def jpeg(a, q):
+    return cv2.imdecode(cv2.imencode('.jpg', a, [cv2.IMWRITE_JPEG_QUALITY, q])[1], cv2.IMREAD_GRAYSCALE)
+
+
+def crop(a, f):
+    h, w = a.shape
+    return a[int(h * f) : h - int(h * f), int(w * f) : w - int(w * f)]
+
+
+def rotate(a, t):
+    h, w = a.shape
+    return cv2.warpAffine(a, cv2.getRotationMatrix2D((w / 2, h / 2), t, 1), (w, h))
+
+
+def stretch(a):
+    lo, hi = np.percentile(a, (5, 95))
+    return (np.clip((a - lo) / (hi - lo), 0, 1) * 255).astype(np.uint8)
+
+
+COPIES = dict(  # how it was changed: (change, share found at least, at most)
+    same=(lambda a: a, 1, 1),
+    jpeg30=(lambda a: jpeg(a, 30), 1, 1),
+    small=(lambda a: cv2.resize(a, (128, 128), interpolation=cv2.INTER_AREA), 1, 1),
+    brighter=(lambda a: gamma(a, 0.7), 1, 1),
+    darker=(lambda a: gamma(a, 1.5), 1, 1),
+    window=(stretch, 0.99, 1),
+    clahe=(lambda a: cv2.createCLAHE(2, (8, 8)).apply(a), 0.99, 1),
+    negative=(lambda a: 255 - a, 1, 1),
+    crop1=(lambda a: crop(a, 0.01), 0.99, 1),
+    combined=(lambda a: jpeg(gamma(crop(a, 0.01), 0.8), 50), 0.99, 1),
+    equalised=(cv2.equalizeHist, 0.97, 1),
+    text=(lambda a: cv2.putText(a.copy(), 'R AP 12:30', (20, 60), 0, 1.2, 255, 3), 0.96, 1),
+    bars=(lambda a: cv2.copyMakeBorder(a, 0, 0, 12, 12, cv2.BORDER_CONSTANT, value=0), 0.95, 1),
+    rotated=(lambda a: rotate(a, 2), 0.85, 0.97),
+    crop2=(lambda a: crop(a, 0.02), 0.55, 0.8),
+    crop5=(lambda a: crop(a, 0.05), 0, 0.02),
+    mirrored=(lambda a: a[:, ::-1], 0, 0.02),
+)
+
 
 def test_copy_detection_rates(radiographs):
     "The table of the notebook, limits of the method included."
     _, pixels, hashes = radiographs
     some = np.random.default_rng(0).choice(len(pixels), 100, replace=False)
-    for name,(change, least, most) in COPIES.items():
+    for name, (change, least, most) in COPIES.items():
         d = np.array([hash_distances(hashes[[i]], perceptual_hashes([change(pixels[i])]))[0, 0] for i in some])
-        assert least <= (d <= COPY_DISTANCE).mean() <= most, (name, (d <= COPY_DISTANCE).mean())
+        assert least <= (d <= DUPLICATE_DISTANCE).mean() <= most, (name, (d <= DUPLICATE_DISTANCE).mean())
+
 
 def test_false_alarms(radiographs):
     "No alarm in 485,000 pairs of strangers; the usual 64 bits at a threshold of 10 would raise hundreds."
     import imagehash
+
     c, pixels, hashes = radiographs
     g = pd.factorize(c.images.group)[0]
-    i,j = np.triu_indices(len(g), 1); strangers = g[i] != g[j]
+    i, j = np.triu_indices(len(g), 1)
+    strangers = g[i] != g[j]
     d = hash_distances(hashes, hashes)[i, j]
-    assert strangers.sum() > 485_000 and d[strangers].min() > COPY_DISTANCE + 20
+    assert strangers.sum() > 485_000 and d[strangers].min() > DUPLICATE_DISTANCE + 20
     assert near_duplicates(hashes).empty
-    assert copy_distance(hashes, c.images.group) == COPY_DISTANCE
-    small = np.array([imagehash.phash(Image.fromarray(a)).hash.ravel() for a in pixels]).astype(np.float32)*2 - 1
-    assert ((64 - small@small.T)/2)[i, j][strangers].__le__(10).mean() > .0015
+    assert duplicate_distance(hashes, c.images.group) == DUPLICATE_DISTANCE
+    small = np.array([imagehash.phash(Image.fromarray(a)).hash.ravel() for a in pixels]).astype(np.float32) * 2 - 1
+    assert ((64 - small @ small.T) / 2)[i, j][strangers].__le__(10).mean() > 0.0015
+
 
 def test_audit_fires_on_a_planted_copy(radiographs):
     c, pixels, hashes = radiographs
@@ -156,81 +253,151 @@ def test_audit_fires_on_a_planted_copy(radiographs):
     silent = audit_leaks(im, folds, hashes).set_index('level')
     assert silent.leaked.to_dict() == dict(patient=0, group=0, study=0, copy=0)
     k = 17
-    planted = pd.concat([im, im.iloc[[k]].assign(image='copy', patient='someone else', group='someone else', study='another')], ignore_index=True)
-    loud = audit_leaks(planted, np.append(folds, (folds[k]+1) % 5), np.vstack([hashes, perceptual_hashes([jpeg(gamma(crop(pixels[k], .01), 1.3), 60)])])).set_index('level')
-    assert loud.leaked['copy'] == 2 and loud.leaked['patient'] == 0 and set(loud.example['copy'].split(' ~ ')) == {im.image[k], 'copy'}
+    planted = pd.concat(
+        [im, im.iloc[[k]].assign(image='copy', patient='someone else', group='someone else', study='another')],
+        ignore_index=True,
+    )
+    loud = audit_leaks(
+        planted,
+        np.append(folds, (folds[k] + 1) % 5),
+        np.vstack([hashes, perceptual_hashes([jpeg(gamma(crop(pixels[k], 0.01), 1.3), 60)])]),
+    ).set_index('level')
+    assert (
+        loud.leaked['copy'] == 2
+        and loud.leaked['patient'] == 0
+        and set(loud.example['copy'].split(' ~ ')) == {im.image[k], 'copy'}
+    )
     same_fold = audit_leaks(planted, np.append(folds, folds[k]), np.vstack([hashes, hashes[[k]]])).set_index('level')
     assert same_fold.leaked['copy'] == 0, 'a copy within one fold leaks nothing'
+
 
 def test_near_duplicates_equals_brute_force():
     r = np.random.default_rng(0)
     bits = r.integers(0, 2, (300, C.HASH_SIZE**2)).astype(bool)
-    bits[200] = bits[5]; bits[201] = bits[6] ^ (r.random(bits.shape[1]) < .2); bits[202] = ~bits[7]
+    bits[200] = bits[5]
+    bits[201] = bits[6] ^ (r.random(bits.shape[1]) < 0.2)
+    bits[202] = ~bits[7]
     pack = lambda b: np.packbits(np.pad(b, (0, -len(b) % 64))).view(np.uint64)
     found = near_duplicates(np.stack([pack(b) for b in bits]))
-    d = (bits[:, None] != bits[None]).sum(-1); d = np.minimum(d, bits.shape[1] - d)
-    want = {(i, j, int(d[i, j])) for i in range(300) for j in range(i+1, 300) if d[i, j] <= COPY_DISTANCE}
+    d = (bits[:, None] != bits[None]).sum(-1)
+    d = np.minimum(d, bits.shape[1] - d)
+    want = {(i, j, int(d[i, j])) for i in range(300) for j in range(i + 1, 300) if d[i, j] <= DUPLICATE_DISTANCE}
     assert set(map(tuple, found.values.tolist())) == want and {(5, 200), (6, 201), (7, 202)} == {w[:2] for w in want}
+
 
 def test_phantom_with_a_planted_leak(tmp_path):
     "Copies under a new patient's name pass the check by patient and are found by their pixels."
-    root = write_phantom(PhantomConfig(n_patients=16, px=64, seed=3, patient_leak=.3), tmp_path/'p', workers=1)
+    root = write_phantom(PhantomConfig(n_patients=16, px=64, seed=3, patient_leak=0.3), tmp_path / 'p', workers=1)
     c = read_cohort(root)
-    truth = pd.read_csv(root/'truth.csv', dtype=str, keep_default_na=False).set_index('image').reindex(c.images.image)
-    copies = {frozenset((i, of)) for i,of,kind in zip(truth.index, truth.leak_of, truth.leak) if kind == 'copy' and of in truth.index}
+    truth = pd.read_csv(root / 'truth.csv', dtype=str, keep_default_na=False).set_index('image').reindex(c.images.image)
+    copies = {
+        frozenset((i, of))
+        for i, of, kind in zip(truth.index, truth.leak_of, truth.leak)
+        if kind == 'copy' and of in truth.index
+    }
     hashes = hash_cohort(c, workers=0)
-    pairs = {frozenset(c.images.image.iloc[[a, b]]) for a,b in near_duplicates(hashes)[['a', 'b']].values}
+    pairs = {frozenset(c.images.image.iloc[[a, b]]) for a, b in near_duplicates(hashes)[['a', 'b']].values}
     assert copies and copies <= pairs
-    where = dict(zip(c.images.image, range(len(c.images)))); folds = np.zeros(len(c.images), int)
-    for i,of in copies: folds[where[i]] = 1
-    folds = pd.Series(folds).groupby(c.images.patient).transform('max').values # patient-disjoint, with a copy on the other side
+    where = dict(zip(c.images.image, range(len(c.images))))
+    folds = np.zeros(len(c.images), int)
+    for i, of in copies:
+        folds[where[i]] = 1
+    folds = (
+        pd.Series(folds).groupby(c.images.patient).transform('max').values
+    )  # patient-disjoint, with a copy on the other side
     alarms = audit_leaks(c.images, folds, hashes).set_index('level')
     assert alarms.leaked['patient'] == 0 and (alarms.leaked['copy'] > 0 or folds.min() == folds.max())
 
+
 # ---- small trees ----------------------------------------------------------------------------------------------------------
 
+
 def write_dicom(path, patient='p0', study='s0', size=(60, 80), **more):
-    ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1'
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid(entropy_srcs=[str(path.stem)])
-    ds.PatientID, ds.StudyInstanceUID, ds.Modality, ds.PatientSex, ds.PatientAge, ds.ViewPosition = patient, study, 'DX', 'F', '061Y', 'AP'
+    ds.PatientID, ds.StudyInstanceUID, ds.Modality, ds.PatientSex, ds.PatientAge, ds.ViewPosition = (
+        patient,
+        study,
+        'DX',
+        'F',
+        '061Y',
+        'AP',
+    )
     ds.Rows, ds.Columns = size
-    ds.BitsAllocated = ds.BitsStored = 16; ds.HighBit, ds.PixelRepresentation, ds.SamplesPerPixel, ds.PhotometricInterpretation = 15, 0, 1, 'MONOCHROME2'
+    ds.BitsAllocated = ds.BitsStored = 16
+    ds.HighBit, ds.PixelRepresentation, ds.SamplesPerPixel, ds.PhotometricInterpretation = 15, 0, 1, 'MONOCHROME2'
     ds.PixelData = np.random.default_rng(len(str(path.stem))).integers(0, 4000, size).astype('<u2').tobytes()
-    for k,v in more.items(): setattr(ds, k, v) if v is not None else delattr(ds, k)
-    path.parent.mkdir(parents=True, exist_ok=True); ds.save_as(path, enforce_file_format=True)
+    for k, v in more.items():
+        setattr(ds, k, v) if v is not None else delattr(ds, k)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+
 
 BOX = "\"[{'x': 10.0, 'y': 5.0, 'width': 20.0, 'height': 30.0}]\",opacity 1 10 5 30 35"
+
+
 def tiny(root, headers={}, change={}):
     "Four studies, five images: s0 negative, s1 typical with a sibling that has no box, s2, s3. `change`: file -> (before, after)."
-    images = dict(i0=('s0', 'p0', ''), i1=('s1', 'p1', BOX), i2=('s1', 'p1', ''), i3=('s2', 'p2', BOX), i4=('s3', 'p2', ''))
+    images = dict(
+        i0=('s0', 'p0', ''), i1=('s1', 'p1', BOX), i2=('s1', 'p1', ''), i3=('s2', 'p2', BOX), i4=('s3', 'p2', '')
+    )
     root.mkdir(parents=True)
-    files = {'train_study_level.csv': 'id,' + ','.join(HEADINGS) + '\ns0_study,1,0,0,0\ns1_study,0,1,0,0\ns2_study,0,0,1,0\ns3_study,0,0,0,1\n',
-             'train_image_level.csv': 'id,boxes,label,StudyInstanceUID\n' + ''.join(f'{i}_image,{b or ",none 1 0 0 1 1"},{s}\n' for i,(s,_,b) in images.items()),
-             'patients.csv': 'patientid,imageid\n' + ''.join(f'{p},{i}\n' for i,(_,p,_) in images.items())}
-    for name,text in files.items():
-        before,after = change.get(name, ('', '')); assert before in text
-        (root/name).write_text(text.replace(before, after, 1) if before else text)
-    for i,(s,p,_) in images.items(): write_dicom(root/'train'/s/f'series_{i}'/f'{i}.dcm', **(dict(patient=p, study=s) | headers.get(i, {})))
+    files = {
+        'train_study_level.csv': 'id,'
+        + ','.join(HEADINGS)
+        + '\ns0_study,1,0,0,0\ns1_study,0,1,0,0\ns2_study,0,0,1,0\ns3_study,0,0,0,1\n',
+        'train_image_level.csv': 'id,boxes,label,StudyInstanceUID\n'
+        + ''.join(f'{i}_image,{b or ",none 1 0 0 1 1"},{s}\n' for i, (s, _, b) in images.items()),
+        'patients.csv': 'patientid,imageid\n' + ''.join(f'{p},{i}\n' for i, (_, p, _) in images.items()),
+    }
+    for name, text in files.items():
+        before, after = change.get(name, ('', ''))
+        assert before in text
+        (root / name).write_text(text.replace(before, after, 1) if before else text)
+    for i, (s, p, _) in images.items():
+        write_dicom(root / 'train' / s / f'series_{i}' / f'{i}.dcm', **(dict(patient=p, study=s) | headers.get(i, {})))
     return root
 
+
 def refused(f, *args, **kw):
-    with pytest.raises(InputError) as e: f(*args, **kw)
+    with pytest.raises(InputError) as e:
+        f(*args, **kw)
     return e.value
 
+
 def test_tiny_tree(tmp_path):
-    c = read_cohort(tiny(tmp_path/'t'))
+    c = read_cohort(tiny(tmp_path / 't'))
     assert c.images.image.tolist() == ['i0', 'i1', 'i3', 'i4'] and c.images.label.tolist() == [0, 1, 2, 3]
-    assert c.images.annotated.tolist() == [True, True, True, False] and c.images.boxes[1] == [(10., 5., 20., 30.)]
+    assert c.images.annotated.tolist() == [True, True, True, False] and c.images.boxes[1] == [(10.0, 5.0, 20.0, 30.0)]
     r = c.images.iloc[1]
-    assert (r.patient, r.group, r.study, r.height, r.width, r['view'], r.sex, r.age, r.detector, r.photometric) == ('p1', 'p1', 's1', 60, 80, 'AP', 'F', 61., 'DX', 'MONOCHROME2')
-    assert (c.root/r.path).is_file() and list(c.images)[:len(COLUMNS)] == list(COLUMNS)
+    assert (r.patient, r.group, r.study, r.height, r.width, r['view'], r.sex, r.age, r.detector, r.photometric) == (
+        'p1',
+        'p1',
+        's1',
+        60,
+        80,
+        'AP',
+        'F',
+        61.0,
+        'DX',
+        'MONOCHROME2',
+    )
+    assert (c.root / r.path).is_file() and list(c.images)[: len(COLUMNS)] == list(COLUMNS)
     assert len(read_siim(c.root, rule=False).images) == 5
 
+
 STUDIES, IMAGES = 'train_study_level.csv', 'train_image_level.csv'
-FAULTS = { # what is wrong: (file, before, after, words of the message)
+FAULTS = {  # what is wrong: (file, before, after, words of the message)
     'unknown column': (STUDIES, HEADINGS[1], 'Typical', ('line 1', 'column')),
-    'column missing': (IMAGES, 'id,boxes,label', 'id,box,label', ('line 1', 'unknown column', 'column box', 'id, boxes, label')),
+    'column missing': (
+        IMAGES,
+        'id,boxes,label',
+        'id,box,label',
+        ('line 1', 'unknown column', 'column box', 'id, boxes, label'),
+    ),
     'study twice': (STUDIES, 's1_study', 's0_study', ('line 3', 'column id', 'twice')),
     'two classes': (STUDIES, 's1_study,0,1', 's1_study,1,1', ('line 3', 'not one-hot')),
     'no class': (STUDIES, 's1_study,0,1', 's1_study,0,0', ('line 3', 'not one-hot')),
@@ -239,190 +406,334 @@ FAULTS = { # what is wrong: (file, before, after, words of the message)
     'short row': (STUDIES, 's1_study,0,1,0,0', 's1_study,0,1,0', ('line 3', '4 fields')),
     'image twice': (IMAGES, 'i1_image', 'i0_image', ('line 3', 'twice')),
     'unparsable boxes': (IMAGES, "{'x': 10.0", "{'x': ten", ('line 3', 'column boxes', 'cannot be read')),
-    'code in boxes': (IMAGES, "[{'x': 10.0, 'y': 5.0, 'width': 20.0, 'height': 30.0}]", "__import__('os').getcwd()", ('line 3', 'column boxes')),
+    'code in boxes': (
+        IMAGES,
+        "[{'x': 10.0, 'y': 5.0, 'width': 20.0, 'height': 30.0}]",
+        "__import__('os').getcwd()",
+        ('line 3', 'column boxes'),
+    ),
     'infinite box': (IMAGES, "'x': 10.0", "'x': 1e999", ('line 3', 'not finite')),
     'zero width': (IMAGES, "'width': 20.0", "'width': 0.0", ('line 3', 'positive')),
     'negative height': (IMAGES, "'height': 30.0", "'height': -3", ('line 3', 'positive')),
     'unparsable label': (IMAGES, 'opacity 1 10 5 30 35', 'opacity 1 10 5 30', ('line 3', 'column label')),
     'label against boxes': (IMAGES, 'opacity 1 10 5 30 35', 'opacity 1 10 5 31 35', ('line 3', 'different boxes')),
     'boxes without label': (IMAGES, 'opacity 1 10 5 30 35', 'none 1 0 0 1 1', ('line 3', 'different boxes')),
-    'box outside': (IMAGES, BOX, BOX.replace('10.0', '70.0').replace('1 10 5 30', '1 70 5 90'), ('line 3', 'column boxes', 'outside the image of 80 x 60')),
-    'study unknown': (IMAGES, 'none 1 0 0 1 1,s0', 'none 1 0 0 1 1,s9', ('line 2', 'column study', 's9', 'train_study_level')),
+    'box outside': (
+        IMAGES,
+        BOX,
+        BOX.replace('10.0', '70.0').replace('1 10 5 30', '1 70 5 90'),
+        ('line 3', 'column boxes', 'outside the image of 80 x 60'),
+    ),
+    'study unknown': (
+        IMAGES,
+        'none 1 0 0 1 1,s0',
+        'none 1 0 0 1 1,s9',
+        ('line 2', 'column study', 's9', 'train_study_level'),
+    ),
     'no study': (IMAGES, 'none 1 0 0 1 1,s0', 'none 1 0 0 1 1,', ('line 2', 'StudyInstanceUID', 'no study')),
     'wrong study': (IMAGES, 'none 1 0 0 1 1,s0', 'none 1 0 0 1 1,s1', ('line 2', 'another study')),
     'file missing': (IMAGES, 'i0_image', 'i8_image', ('line 2', 'i8', 'no file')),
-    'unclosed quote': (IMAGES, '}]"', '}]', ('line 5', 'not a csv file')) }
+    'unclosed quote': (IMAGES, '}]"', '}]', ('line 5', 'not a csv file')),
+}
+
 
 @pytest.mark.parametrize('name', FAULTS)
 def test_faulty_tables_are_refused(tmp_path, name):
-    file,before,after,words = FAULTS[name]
-    e = refused(read_cohort, tiny(tmp_path/'t', change={file: (before, after)}))
-    assert file in str(e) and e.cure and all(w in str(e) for w in words), str(e)
+    file, before, after, words = FAULTS[name]
+    e = refused(read_cohort, tiny(tmp_path / 't', change={file: (before, after)}))
+    assert file in str(e) and e.hint and all(w in str(e) for w in words), str(e)
+
 
 def test_many_faults_are_counted(tmp_path):
-    root = tiny(tmp_path/'t')
-    for f in sorted((root/'train').rglob('*.dcm'))[:4]: f.unlink()
+    root = tiny(tmp_path / 't')
+    for f in sorted((root / 'train').rglob('*.dcm'))[:4]:
+        f.unlink()
     e = refused(read_cohort, root)
     assert 'lines 2, 3, 4 and 1 more' in str(e)
 
-HEADERS = { # header changes: image -> elements, words of the message
+
+HEADERS = {  # header changes: image -> elements, words of the message
     'no patient': (dict(i0=dict(patient='')), ('PatientID', 'line 2', 'patients table')),
     'patient element absent': (dict(i0=dict(PatientID=None)), ('PatientID', 'line 2')),
     'one study, two patients': (dict(i2=dict(patient='p9')), ('several patients', 'lines 3, 4')),
     'another study in the header': (dict(i0=dict(study='s1')), ('line 2', 'another study')),
-    'image smaller than its box': (dict(i3=dict(size=(20, 20))), ('line 5', 'outside the image of 20 x 20')) }
+    'image smaller than its box': (dict(i3=dict(size=(20, 20))), ('line 5', 'outside the image of 20 x 20')),
+}
+
 
 @pytest.mark.parametrize('name', HEADERS)
 def test_headers_that_contradict_the_tables(tmp_path, name):
-    headers,words = HEADERS[name]
-    e = refused(read_cohort, tiny(tmp_path/'t', headers=headers))
-    assert e.cure and all(w in str(e) for w in words), str(e)
+    headers, words = HEADERS[name]
+    e = refused(read_cohort, tiny(tmp_path / 't', headers=headers))
+    assert e.hint and all(w in str(e) for w in words), str(e)
+
 
 def test_patients_table(tmp_path):
     "It stands in for an empty PatientID, and must not contradict a header that has one."
-    root = tiny(tmp_path/'t', headers=dict(i0=dict(patient='')))
-    assert read_siim(root, patients=root/'patients.csv').images.patient.tolist() == ['p0', 'p1', 'p2', 'p2']
-    (root/'patients.csv').write_text((root/'patients.csv').read_text().replace('p1,i1', 'p7,i1'))
-    assert 'another patient' in str(refused(read_siim, root, patients=root/'patients.csv'))
-    (root/'patients.csv').write_text('patientid,imageid\np0,i0\n')
-    assert 'lacks this image' in str(refused(read_siim, root, patients=root/'patients.csv'))
+    root = tiny(tmp_path / 't', headers=dict(i0=dict(patient='')))
+    assert read_siim(root, patients=root / 'patients.csv').images.patient.tolist() == ['p0', 'p1', 'p2', 'p2']
+    (root / 'patients.csv').write_text((root / 'patients.csv').read_text().replace('p1,i1', 'p7,i1'))
+    assert 'another patient' in str(refused(read_siim, root, patients=root / 'patients.csv'))
+    (root / 'patients.csv').write_text('patientid,imageid\np0,i0\n')
+    assert 'lacks this image' in str(refused(read_siim, root, patients=root / 'patients.csv'))
+
 
 def test_broken_dicom_is_named(tmp_path):
-    root = tiny(tmp_path/'t')
-    f = next((root/'train').rglob('i3.dcm')); f.write_bytes(f.read_bytes()[:500])
+    root = tiny(tmp_path / 't')
+    f = next((root / 'train').rglob('i3.dcm'))
+    f.write_bytes(f.read_bytes()[:500])
     e = refused(read_cohort, root)
-    assert '1 of 5 files' in str(e) and 'i3.dcm' in str(e) and 'verify_tree' in e.cure
+    assert '1 of 5 files' in str(e) and 'i3.dcm' in str(e) and 'verify_tree' in e.hint
+
 
 def test_duplicate_file_and_missing_tree(tmp_path):
-    root = tiny(tmp_path/'t')
-    shutil.copytree(root/'train'/'s0', root/'train'/'s0b')
+    root = tiny(tmp_path / 't')
+    shutil.copytree(root / 'train' / 's0', root / 'train' / 's0b')
     assert 'lies twice' in str(refused(read_cohort, root))
-    shutil.rmtree(root/'train')
+    shutil.rmtree(root / 'train')
     assert 'no folder train/' in str(refused(read_siim, root))
-    assert 'no such folder' in str(refused(read_cohort, tmp_path/'nowhere'))
+    assert 'no such folder' in str(refused(read_cohort, tmp_path / 'nowhere'))
     assert 'no known corpus' in str(refused(read_cohort, tmp_path))
-    (root/STUDIES).write_bytes(b'\xff\xfe\x00bad')
+    (root / STUDIES).write_bytes(b'\xff\xfe\x00bad')
     assert STUDIES in str(refused(read_cohort, root))
+
 
 @pytest.mark.parametrize('text', ['', 'id\n', 'a,b\n1,2\n'])
 def test_empty_tables(tmp_path, text):
-    root = tiny(tmp_path/'t'); (root/STUDIES).write_text(text)
+    root = tiny(tmp_path / 't')
+    (root / STUDIES).write_text(text)
     assert STUDIES in str(refused(read_cohort, root))
+
 
 def test_rule_and_boxes():
     t = pd.DataFrame(dict(study=list('aabbc'), boxes=[[(0, 0, 1, 1)], [], [], [], []]))
     assert organisers_rule(t).index.tolist() == [0, 2, 3, 4]
-    assert parse_label('opacity 1 1 2 4 6 opacity 1 0 0 5 5') == [(1, 2, 3, 4), (0, 0, 5, 5)] == parse_boxes("[{'x':1,'y':2,'width':3,'height':4},{'x':0,'y':0,'width':5,'height':5}]")
-    assert clip_boxes([(-.5, 0, 10, 10)], 100, 100) == [(0, 0, 9.5, 10)]
-    with pytest.raises(ValueError): clip_boxes([(-1.5, 0, 10, 10)], 100, 100)
+    assert (
+        parse_label('opacity 1 1 2 4 6 opacity 1 0 0 5 5')
+        == [(1, 2, 3, 4), (0, 0, 5, 5)]
+        == parse_boxes("[{'x':1,'y':2,'width':3,'height':4},{'x':0,'y':0,'width':5,'height':5}]")
+    )
+    assert clip_boxes([(-0.5, 0, 10, 10)], 100, 100) == [(0, 0, 9.5, 10)]
+    with pytest.raises(ValueError):
+        clip_boxes([(-1.5, 0, 10, 10)], 100, 100)
     r = np.random.default_rng(0)
     for _ in range(50):
         boxes = [tuple(map(float, (*r.integers(0, 30, 2), *r.integers(1, 20, 2)))) for _ in range(r.integers(1, 5))]
         grid = np.zeros((50, 60), bool)
-        for x,y,w,h in boxes: grid[int(y):int(y+h), int(x):int(x+w)] = True
+        for x, y, w, h in boxes:
+            grid[int(y) : int(y + h), int(x) : int(x + w)] = True
         assert abs(union_area(boxes, 50, 60) - grid.mean()) < 1e-12
 
+
 def test_folds():
-    r = np.random.default_rng(0); patient = r.integers(0, 60, 400).astype(str)
-    im = pd.DataFrame(dict(image=[f'{i:03}' for i in range(400)], study=[f'{p}-{i%3}' for i,p in enumerate(patient)], patient=patient, group=patient, label=r.choice(5, 400, p=[.2, .3, .2, .2, .1]) - 1))
+    r = np.random.default_rng(0)
+    patient = r.integers(0, 60, 400).astype(str)
+    im = pd.DataFrame(
+        dict(
+            image=[f'{i:03}' for i in range(400)],
+            study=[f'{p}-{i % 3}' for i, p in enumerate(patient)],
+            patient=patient,
+            group=patient,
+            label=r.choice(5, 400, p=[0.2, 0.3, 0.2, 0.2, 0.1]) - 1,
+        )
+    )
     f = assign_folds(im, 4)
     assert pd.crosstab(im.group, f).gt(0).sum(axis=1).max() == 1 and set(f) == set(range(4))
     assert pd.crosstab(im.study, assign_folds(im, 4, by='study')).gt(0).sum(axis=1).max() == 1
-    assert 'folds' in str(refused(assign_folds, im, 61)) and 'not known' in str(refused(assign_folds, im, 4, by='hospital'))
-    with pytest.warns(UserWarning, match='atypical occurs in 1 groups'): assign_folds(im.assign(label=np.where(im.index == 0, 3, 0)), 4)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); assign_folds(im, 4)
+    assert 'folds' in str(refused(assign_folds, im, 61)) and 'not known' in str(
+        refused(assign_folds, im, 4, by='hospital')
+    )
+    with pytest.warns(UserWarning, match='atypical occurs in 1 groups'):
+        assign_folds(im.assign(label=np.where(im.index == 0, 3, 0)), 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assign_folds(im, 4)
+
 
 # ---- other corpora --------------------------------------------------------------------------------------------------------
 
-def picture(path, size=(50, 40)): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)).save(path)
+
+def picture(path, size=(50, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)).save(path)
+
 
 def chestxray14(root):
     root.mkdir()
-    (root/'Data_Entry_2017.csv').write_text('Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n'
-        '00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,\n00000001_001.png,Nodule|Mass,1,1,58,M,AP,2894,2729,0.143,0.143,\n00000002_000.png,No Finding,0,2,081Y,F,PA,2500,2048,0.171,0.171,\n')
-    (root/'BBox_List_2017.csv').write_text('Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400,,,\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068,,,\n')
-    for n,folder in (('00000001_000', 'images_001/images'), ('00000001_001', 'images_002/images'), ('00000002_000', 'images_002/images')): picture(root/folder/f'{n}.png')
+    (root / 'Data_Entry_2017.csv').write_text(
+        'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n'
+        '00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,\n00000001_001.png,Nodule|Mass,1,1,58,M,AP,2894,2729,0.143,0.143,\n00000002_000.png,No Finding,0,2,081Y,F,PA,2500,2048,0.171,0.171,\n'
+    )
+    (root / 'BBox_List_2017.csv').write_text(
+        'Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400,,,\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068,,,\n'
+    )
+    for n, folder in (
+        ('00000001_000', 'images_001/images'),
+        ('00000001_001', 'images_002/images'),
+        ('00000002_000', 'images_002/images'),
+    ):
+        picture(root / folder / f'{n}.png')
     return root
 
+
 def test_chestxray14(tmp_path):
-    c = read_cohort(chestxray14(tmp_path/'nih'))
+    c = read_cohort(chestxray14(tmp_path / 'nih'))
     assert c.name == 'ChestX-ray14' and c.images.patient.tolist() == ['1', '1', '2'] and (c.images.label == -1).all()
-    assert c.images.boxes.map(len).tolist() == [0, 1, 0] and c.images.age.tolist() == [58., 58., 81.] and c.images['view'].tolist() == ['PA', 'AP', 'PA']
-    assert c.images.path[1] == 'images_002/images/00000001_001.png' and c.images.study.nunique() == 3 and c.images.height.tolist() == [1024]*3
-    (c.root/c.images.path[0]).unlink()
+    assert (
+        c.images.boxes.map(len).tolist() == [0, 1, 0]
+        and c.images.age.tolist() == [58.0, 58.0, 81.0]
+        and c.images['view'].tolist() == ['PA', 'AP', 'PA']
+    )
+    assert (
+        c.images.path[1] == 'images_002/images/00000001_001.png'
+        and c.images.study.nunique() == 3
+        and c.images.height.tolist() == [1024] * 3
+    )
+    (c.root / c.images.path[0]).unlink()
     e = refused(read_cohort, c.root)
     assert '1 of 3 image files are missing' in str(e) and '00000001_000.png' in str(e) and 'line 2' in str(e)
 
+
 def test_chexpert(tmp_path):
-    root = tmp_path/'CheXpert-v1.0-small'
+    root = tmp_path / 'CheXpert-v1.0-small'
     head = 'Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Lung Opacity\n'
-    row = lambda part, p, s, v, side='Frontal', view='AP': f'CheXpert-v1.0-small/{part}/patient{p}/study{s}/{v}.jpg,Female,68,{side},{view},,1.0\n'
-    root.mkdir(); (root/'train.csv').write_text(head + row('train', '00001', 1, 'view1_frontal') + row('train', '00001', 2, 'view1_frontal') + row('train', '00002', 1, 'view2_lateral', 'Lateral', ''))
-    (root/'valid.csv').write_text(head + row('valid', '64541', 1, 'view1_frontal', view=''))
-    for p in ('train/patient00001/study1', 'train/patient00001/study2', 'valid/patient64541/study1'): picture(root/p/'view1_frontal.jpg')
+    row = lambda part, p, s, v, side='Frontal', view='AP': (
+        f'CheXpert-v1.0-small/{part}/patient{p}/study{s}/{v}.jpg,Female,68,{side},{view},,1.0\n'
+    )
+    root.mkdir()
+    (root / 'train.csv').write_text(
+        head
+        + row('train', '00001', 1, 'view1_frontal')
+        + row('train', '00001', 2, 'view1_frontal')
+        + row('train', '00002', 1, 'view2_lateral', 'Lateral', '')
+    )
+    (root / 'valid.csv').write_text(head + row('valid', '64541', 1, 'view1_frontal', view=''))
+    for p in ('train/patient00001/study1', 'train/patient00001/study2', 'valid/patient64541/study1'):
+        picture(root / p / 'view1_frontal.jpg')
     for start in (tmp_path, root):
         c = read_cohort(start)
-        assert c.images.patient.tolist() == ['patient00001']*2 + ['patient64541'] and c.images['view'].tolist() == ['AP', 'AP', 'unknown']
-        assert (c.root/c.images.path[2]).is_file() and c.images[['height', 'width']].values.tolist() == [[50, 40]]*3 and c.images.finding[0] == 'Lung Opacity' and c.images.sex[0] == 'F'
-    (root/'train/patient00001/study2/view1_frontal.jpg').unlink()
+        assert c.images.patient.tolist() == ['patient00001'] * 2 + ['patient64541'] and c.images['view'].tolist() == [
+            'AP',
+            'AP',
+            'unknown',
+        ]
+        assert (
+            (c.root / c.images.path[2]).is_file()
+            and c.images[['height', 'width']].values.tolist() == [[50, 40]] * 3
+            and c.images.finding[0] == 'Lung Opacity'
+            and c.images.sex[0] == 'F'
+        )
+    (root / 'train/patient00001/study2/view1_frontal.jpg').unlink()
     assert 'line 3' in str(refused(read_cohort, root))
 
+
 def test_plain_table(tmp_path):
-    (tmp_path/'mine').mkdir(); table = tmp_path/'mine'/'mine.csv'
-    picture(tmp_path/'mine/images/a.png'); picture(tmp_path/'mine/images/b.jpg'); write_dicom(tmp_path/'mine/images/sub/c.dcm', patient='zz')
+    (tmp_path / 'mine').mkdir()
+    table = tmp_path / 'mine' / 'mine.csv'
+    picture(tmp_path / 'mine/images/a.png')
+    picture(tmp_path / 'mine/images/b.jpg')
+    write_dicom(tmp_path / 'mine/images/sub/c.dcm', patient='zz')
     text = "image,patient,label,boxes,view\na,1,typical,\"[{'x': 1, 'y': 2, 'width': 10, 'height': 10}]\",AP\nb,1,0,,\nc,2,,,\n"
     table.write_text(text)
-    for start in (tmp_path/'mine', table):
+    for start in (tmp_path / 'mine', table):
         c = read_cohort(start)
-        assert c.images.label.tolist() == [1, 0, -1] and c.images.boxes[0] == [(1., 2., 10., 10.)] and c.images['view'].tolist() == ['AP', 'unknown', 'AP']
-        assert c.images.height.tolist() == [50, 50, 60] and c.images.path[2] == 'sub/c.dcm' and c.images.patient.tolist() == ['1', '1', '2'] and c.images.annotated.tolist() == [True, True, False]
+        assert (
+            c.images.label.tolist() == [1, 0, -1]
+            and c.images.boxes[0] == [(1.0, 2.0, 10.0, 10.0)]
+            and c.images['view'].tolist() == ['AP', 'unknown', 'AP']
+        )
+        assert (
+            c.images.height.tolist() == [50, 50, 60]
+            and c.images.path[2] == 'sub/c.dcm'
+            and c.images.patient.tolist() == ['1', '1', '2']
+            and c.images.annotated.tolist() == [True, True, False]
+        )
         assert c.images.age.isna().tolist() == [True, True, False]
-    for before,after,words in ((',typical', ',tipical', ('line 2', 'label')), ('a,1', 'a,', ('line 2', 'patient')), ('patient', 'person', ('column person',)), ('b,1', 'a,1', ('line 3', 'twice')),
-                               ('c,2', 'd,2', ('line 4', 'missing')), ("'x': 1,", "'x': 45,", ('line 2', 'outside')), ("'x': 1,", "'x: 1,", ('line 2', 'boxes'))):
+    for before, after, words in (
+        (',typical', ',tipical', ('line 2', 'label')),
+        ('a,1', 'a,', ('line 2', 'patient')),
+        ('patient', 'person', ('column person',)),
+        ('b,1', 'a,1', ('line 3', 'twice')),
+        ('c,2', 'd,2', ('line 4', 'missing')),
+        ("'x': 1,", "'x': 45,", ('line 2', 'outside')),
+        ("'x': 1,", "'x: 1,", ('line 2', 'boxes')),
+    ):
         table.write_text(text.replace(before, after, 1))
         e = refused(read_cohort, table)
         assert all(w in str(e) for w in words) and 'mine.csv' in str(e), str(e)
     table.write_text('image,label\na,0\n')
     assert 'without patient no split is safe' in str(refused(read_cohort, table))
 
+
 # ---- a folder without a table -----------------------------------------------------------------------------------------------
+
 
 def loose(root):
     "Two DICOM files of a patient (one by a UID for a name), one without PatientID, and pictures of which two share a stem."
-    for name,who in (('a/1.2.840.10', 'p0'), ('a/x.dcm', 'p0'), ('b/y', '')): write_dicom(root/name, patient=who, study='s' + name[0])
-    for name in ('c/z.png', 'c/z.jpg', 'c/w.jpeg'): picture(root/name)
-    for name in ('notes.txt', 'labels.CSV', 'a/info.json', '.cache/q.png', '.q.png', 'DICOMDIR', 'README'): (root/name).parent.mkdir(exist_ok=True); (root/name).write_text('no image')
+    for name, who in (('a/1.2.840.10', 'p0'), ('a/x.dcm', 'p0'), ('b/y', '')):
+        write_dicom(root / name, patient=who, study='s' + name[0])
+    for name in ('c/z.png', 'c/z.jpg', 'c/w.jpeg'):
+        picture(root / name)
+    for name in ('notes.txt', 'labels.CSV', 'a/info.json', '.cache/q.png', '.q.png', 'DICOMDIR', 'README'):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text('no image')
     return root
 
+
 def test_folder(tmp_path):
-    c = read_cohort(loose(tmp_path/'mine'), 'folder')
+    c = read_cohort(loose(tmp_path / 'mine'), 'folder')
     assert c.images.image.tolist() == ['a/1.2.840.10', 'a/x', 'b/y', 'c/w', 'c/z.jpg', 'c/z.png'] and c.name == 'mine'
-    assert c.images.patient.tolist() == ['p0', 'p0', 'study:sb', 'file:c/w', 'file:c/z.jpg', 'file:c/z.png'] and c.images.group.tolist() == c.images.patient.tolist()
+    assert (
+        c.images.patient.tolist() == ['p0', 'p0', 'study:sb', 'file:c/w', 'file:c/z.jpg', 'file:c/z.png']
+        and c.images.group.tolist() == c.images.patient.tolist()
+    )
     assert c.images.study.tolist()[:3] == ['sa', 'sa', 'sb'] and c.images.height.tolist() == [60, 60, 60, 50, 50, 50]
-    assert (c.images.label == -1).all() and not c.images.annotated.any() and not c.images.boxes.map(len).any() and all((c.root/p).is_file() for p in c.images.path)
+    assert (
+        (c.images.label == -1).all()
+        and not c.images.annotated.any()
+        and not c.images.boxes.map(len).any()
+        and all((c.root / p).is_file() for p in c.images.path)
+    )
     assert c.notes == dict(images_read=6, images_of_unknown_patients=4)
     ruled = read_cohort(c.root, 'folder', patient='^(.)/').images.patient.tolist()
     assert ruled == ['p0', 'p0', 'b', 'c', 'c', 'c'], 'the header comes before the rule'
-    assert load_cohort(save_cohort(c, tmp_path/'saved')).digest == c.digest
+    assert load_cohort(save_cohort(c, tmp_path / 'saved')).digest == c.digest
+
 
 def test_folder_is_never_guessed(tmp_path):
-    (loose(tmp_path/'mine')/'labels.CSV').unlink()
-    assert "adapter='folder'" in refused(read_cohort, tmp_path/'mine').cure
+    (loose(tmp_path / 'mine') / 'labels.CSV').unlink()
+    assert "adapter='folder'" in refused(read_cohort, tmp_path / 'mine').hint
 
-@pytest.mark.parametrize('name, text', [('c/bad.png', b'\x89PNG'), ('c/bad.jpg', b''), ('bad.dcm', b'DICM'), ('bad', b'x'*200), ('bad.tif', b'II*\0'), ('scans.zip', b'PK')])
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('c/bad.png', b'\x89PNG'),
+        ('c/bad.jpg', b''),
+        ('bad.dcm', b'DICM'),
+        ('bad', b'x' * 200),
+        ('bad.tif', b'II*\0'),
+        ('scans.zip', b'PK'),
+    ],
+)
 def test_folder_with_a_file_that_cannot_be_read(tmp_path, name, text):
-    (loose(tmp_path/'mine')/name).write_bytes(text)
-    e = refused(read_cohort, tmp_path/'mine', 'folder')
-    assert '1 of 7 files cannot be read' in str(e) and name in str(e) and e.cure
+    (loose(tmp_path / 'mine') / name).write_bytes(text)
+    e = refused(read_cohort, tmp_path / 'mine', 'folder')
+    assert '1 of 7 files cannot be read' in str(e) and name in str(e) and e.hint
+
 
 def test_folder_faults(tmp_path):
-    root = loose(tmp_path/'mine')
-    for i in range(12): (root/f'bad{i:02}.png').write_bytes(b'')
+    root = loose(tmp_path / 'mine')
+    for i in range(12):
+        (root / f'bad{i:02}.png').write_bytes(b'')
     assert '12 of 18' in str(e := refused(read_cohort, root, 'folder')) and 'bad09.png, ...' in str(e)
-    for f in root.glob('bad*'): f.unlink()
-    (root/'gone.png').symlink_to(root/'nowhere.png')
+    for f in root.glob('bad*'):
+        f.unlink()
+    (root / 'gone.png').symlink_to(root / 'nowhere.png')
     assert 'gone.png' in str(refused(read_cohort, root, 'folder'))
-    (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'a.txt').write_text('x')
-    assert 'no radiographs' in str(refused(read_cohort, tmp_path/'empty', 'folder'))
-    (root/'gone.png').unlink()
-    for rule in ('^(p\\d)/', '(', '^c'): assert refused(read_cohort, root, 'folder', patient=rule).field == 'patient'
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'a.txt').write_text('x')
+    assert 'no radiographs' in str(refused(read_cohort, tmp_path / 'empty', 'folder'))
+    (root / 'gone.png').unlink()
+    for rule in ('^(p\\d)/', '(', '^c'):
+        assert refused(read_cohort, root, 'folder', patient=rule).field == 'patient'

@@ -1,79 +1,113 @@
 "settings.ini, requirements.lock, environment.yml and what is installed agree."
-import ast, importlib.metadata as md, re, sys
+
+import ast
+import importlib.metadata as md
+import re
+import sys
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from requirements import direct_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def pins(text):
     "Pinned requirements of a lock: name -> [(version, marker or None, number of hashes)]."
     out = {}
     for block in re.split(r'\n(?=\S)', re.sub(r'(?m)^#.*\n', '', text)):
         lines = block.replace('\\\n', '\n').split('\n')
-        if not lines[0].strip(): continue
+        if not lines[0].strip():
+            continue
         r = Requirement(lines[0].strip())
         spec = list(r.specifier)
         assert len(spec) == 1 and spec[0].operator == '==', f'{lines[0]} is not an exact pin'
         out.setdefault(canonicalize_name(r.name), []).append((spec[0].version, r.marker, block.count('--hash=sha256:')))
     return out
 
+
 def disagreements(direct, lock, installed):
     "What is wrong between direct requirements, a lock's text and installed versions; installed(name) -> version or None."
-    locked,wrong = pins(lock),[]
+    locked, wrong = pins(lock), []
     for r in map(Requirement, direct):
-        versions = [v for v,m,_ in locked.get(canonicalize_name(r.name), []) if m is None or m.evaluate()]
-        if not versions: wrong.append(f'{r} of settings.ini is not in requirements.lock')
-        elif not r.specifier.contains(versions[0], prereleases=True): wrong.append(f'requirements.lock pins {r.name} {versions[0]}, settings.ini asks {r.specifier}')
-    for name,versions in locked.items():
-        for v,m,hashes in versions:
-            if not hashes: wrong.append(f'{name} {v} has no hash')
-            if (m is None or m.evaluate()) and installed(name) != v: wrong.append(f'{name}: {v} is locked, {installed(name)} is installed')
+        versions = [v for v, m, _ in locked.get(canonicalize_name(r.name), []) if m is None or m.evaluate()]
+        if not versions:
+            wrong.append(f'{r} of settings.ini is not in requirements.lock')
+        elif not r.specifier.contains(versions[0], prereleases=True):
+            wrong.append(f'requirements.lock pins {r.name} {versions[0]}, settings.ini asks {r.specifier}')
+    for name, versions in locked.items():
+        for v, m, hashes in versions:
+            if not hashes:
+                wrong.append(f'{name} {v} has no hash')
+            if (m is None or m.evaluate()) and installed(name) != v:
+                wrong.append(f'{name}: {v} is locked, {installed(name)} is installed')
     return wrong
 
-def installed(name):
-    try: return md.version(name)
-    except md.PackageNotFoundError: return None
 
-LOCK = (ROOT/'requirements.lock').read_text()
+def installed(name):
+    try:
+        return md.version(name)
+    except md.PackageNotFoundError:
+        return None
+
+
+LOCK = (ROOT / 'requirements.lock').read_text()
+
 
 def test_lock_settings_and_installed_agree():
     assert len(pins(LOCK)) > 100
     assert disagreements(direct_requirements(), LOCK, installed) == []
 
-@pytest.mark.parametrize('direct,lock,what', [
-    (['torch>=99'], LOCK, 'settings.ini asks'),
-    (['not-a-package'], LOCK, 'not in requirements.lock'),
-    ([], 'torch==0.1 \\\n    --hash=sha256:00\n', 'is locked'),
-    ([], f'torch=={installed("torch")}\n', 'has no hash')])
+
+@pytest.mark.parametrize(
+    'direct,lock,what',
+    [
+        (['torch>=99'], LOCK, 'settings.ini asks'),
+        (['not-a-package'], LOCK, 'not in requirements.lock'),
+        ([], 'torch==0.1 \\\n    --hash=sha256:00\n', 'is locked'),
+        ([], f'torch=={installed("torch")}\n', 'has no hash'),
+    ],
+)
 def test_a_disagreement_is_found(direct, lock, what):
     assert any(what in w for w in disagreements(direct, lock, installed))
 
+
 def test_what_was_installed_is_only_what_is_locked():
-    extra = {canonicalize_name(d.metadata['Name']) for d in md.distributions()} - set(pins(LOCK)) - {'cxrpaper', 'pip', 'setuptools', 'wheel'}
+    extra = (
+        {canonicalize_name(d.metadata['Name']) for d in md.distributions()}
+        - set(pins(LOCK))
+        - {'cxrpaper', 'pip', 'setuptools', 'wheel'}
+    )
     assert not extra, f'installed by hand, not from the lock: {sorted(extra)}'
 
+
 def test_environment_yml_takes_everything_from_the_lock():
-    env = yaml.safe_load((ROOT/'environment.yml').read_text())
+    env = yaml.safe_load((ROOT / 'environment.yml').read_text())
     pip = [d for d in env['dependencies'] if isinstance(d, dict)]
     assert pip == [{'pip': ['-r requirements.lock']}]
     conda = [Requirement(re.sub(r'(?<![=<>!])=(?!=)', '==', d)) for d in env['dependencies'] if isinstance(d, str)]
     assert {r.name for r in conda} == {'python', 'pip', 'make'}, 'a library from conda could differ from the lock'
-    settings = (ROOT/'settings.ini').read_text()
+    settings = (ROOT / 'settings.ini').read_text()
     minimum = re.search(r'min_python = (\S+)', settings)[1]
-    python, = [next(iter(r.specifier)).version for r in conda if r.name == 'python']
+    (python,) = [next(iter(r.specifier)).version for r in conda if r.name == 'python']
     assert tuple(map(int, python.split('.'))) >= tuple(map(int, minimum.split('.'))) <= sys.version_info[:2]
+
 
 def imported(path):
     tree = ast.parse(Path(path).read_text())
-    return {n.name.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.Import) for n in o.names} | \
-           {o.module.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level == 0}
+    return {n.name.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.Import) for n in o.names} | {
+        o.module.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level == 0
+    }
+
 
 def test_every_import_of_the_package_is_a_direct_requirement():
     names = {canonicalize_name(Requirement(r).name) for r in direct_requirements()}
     provided = md.packages_distributions()
-    for f in sorted((ROOT/'cxrpaper').glob('*.py')):
+    for f in sorted((ROOT / 'cxrpaper').glob('*.py')):
         for module in imported(f) - set(sys.stdlib_module_names) - {'cxrpaper'}:
-            assert {canonicalize_name(d) for d in provided[module]} & names, f'{f.name} imports {module}, which settings.ini does not require'
+            assert {canonicalize_name(d) for d in provided[module]} & names, (
+                f'{f.name} imports {module}, which settings.ini does not require'
+            )

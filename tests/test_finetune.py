@@ -1,20 +1,61 @@
 "Training: a run killed at any moment ends with the same bytes; its parts do what they say."
-import json, os, random, signal, subprocess, sys, time
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest, torch
-from cxrpaper.finetune import finetune, fit, label_subset, make_model, predict, split_rows
-from cxrpaper.cohort import assign_folds, read_cohort
-from cxrpaper.models import BalancedCE, Classifier, Encoder
-from cxrpaper.phantom import PhantomConfig, write_phantom
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cxrpaper.data.folds import assign_folds
+from cxrpaper.data.phantom import PhantomConfig, write_phantom
+from cxrpaper.data.readers import read_cohort
+from cxrpaper.data.store import build_store
+from cxrpaper.models.losses import BalancedCE
+from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.runs import InputError, Run, load_run, rng
-from cxrpaper.store import build_store
-from cxrpaper.training import Batches
+from cxrpaper.training.finetune import finetune, fit, label_subset, make_model, predict, split_rows
+from cxrpaper.training.loop import Batches
 
 ROOT = Path(__file__).resolve().parent.parent
-P = dict(arch='resnet10t', pretrain='none', weights=None, px=64, n_folds=3, fold=0, seed=0, epochs=6, batch_size=8, lr=1e-3, encoder_lr=1., weight_decay=.01,
-         drop=.2, augmentation='light', class_weight_power=.5, loss='ce', multitask=False, decoder='unet', decoder_width=32, seg_weight=1., dice_share=.5,
-         masks='true', weighting='fixed', schedule='joint', freeze=False, label_fraction=1., draw=0, select='auc')
+P = dict(
+    arch='resnet10t',
+    pretrain='none',
+    weights=None,
+    px=64,
+    n_folds=3,
+    fold=0,
+    seed=0,
+    epochs=6,
+    batch_size=8,
+    lr=1e-3,
+    encoder_lr=1.0,
+    weight_decay=0.01,
+    drop=0.2,
+    augmentation='light',
+    class_weight_power=0.5,
+    loss='ce',
+    multitask=False,
+    decoder='unet',
+    decoder_width=32,
+    seg_weight=1.0,
+    dice_share=0.5,
+    masks='true',
+    weighting='fixed',
+    schedule='joint',
+    freeze=False,
+    label_fraction=1.0,
+    draw=0,
+    select='auc',
+)
 
 SCRIPT = '''
 import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
@@ -24,134 +65,233 @@ if __name__ == '__main__':
     finetune(Run(sys.argv[1], P), cohort, store, assign_folds(cohort.images, 3), SimpleNamespace(**P), device='cpu')
 '''
 
+
 def small():
     "A phantom of 60 patients at 64 px, written and decoded once."
     cohort = read_cohort(write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), workers=1))
     return cohort, build_store(cohort, 64, workers=0)
 
+
 @pytest.fixture(scope='module')
-def data(): return small()
+def data():
+    return small()
+
 
 @pytest.fixture
 def script(tmp_path):
-    f = tmp_path/'train.py'; f.write_text(SCRIPT.format(tests=str(ROOT/'tests')))
-    return lambda run: subprocess.Popen([sys.executable, f, run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    f = tmp_path / 'train.py'
+    f.write_text(SCRIPT.format(tests=str(ROOT / 'tests')))
+    return lambda run: subprocess.Popen(
+        [sys.executable, f, run],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
 
-def results(run): return {f: (Path(run)/f).read_bytes() for f in ('weights.safetensors', 'history.csv', 'predictions.csv')}
+
+def results(run):
+    return {f: (Path(run) / f).read_bytes() for f in ('weights.safetensors', 'history.csv', 'predictions.csv')}
+
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, script, tmp_path):
-    whole,killed = tmp_path/'whole',tmp_path/'killed'
-    t0 = time.time(); p = script(str(whole)); err = p.communicate()[1]; assert p.returncode == 0, err.decode()[-2000:]
-    seconds,r,kills,epochs = time.time() - t0,random.Random(0),0,[]
-    checkpoint = killed.with_name('killed.partial')/'checkpoint.pt'
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    t0 = time.time()
+    p = script(str(whole))
+    err = p.communicate()[1]
+    assert p.returncode == 0, err.decode()[-2000:]
+    seconds, r, kills, epochs = time.time() - t0, random.Random(0), 0, []
+    checkpoint = killed.with_name('killed.partial') / 'checkpoint.pt'
     for _ in range(2):
         p = script(str(killed))
         seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        deadline = time.time() + 3*seconds
-        while p.poll() is None and time.time() < deadline and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen): time.sleep(.01)
-        time.sleep(r.random()*.3)
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        deadline = time.time() + 3 * seconds
+        while (
+            p.poll() is None
+            and time.time() < deadline
+            and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen)
+        ):
+            time.sleep(0.01)
+        time.sleep(r.random() * 0.3)
+        if p.poll() is None:
+            p.send_signal(signal.SIGKILL)
+            kills += 1
         p.wait()
-        if checkpoint.exists(): epochs.append(torch.load(checkpoint, weights_only=False)['epoch'])
+        if checkpoint.exists():
+            epochs.append(torch.load(checkpoint, weights_only=False)['epoch'])
     assert kills >= 1 and epochs == sorted(epochs) and epochs[0] < P['epochs'] - 1, (kills, epochs)
-    p = script(str(killed)); err = p.communicate()[1]; assert p.returncode == 0, err.decode()[-2000:]
+    p = script(str(killed))
+    err = p.communicate()[1]
+    assert p.returncode == 0, err.decode()[-2000:]
     assert results(whole) == results(killed)
-    assert len(pd.read_csv(killed/'history.csv')) == P['epochs'] and not checkpoint.exists()
+    assert len(pd.read_csv(killed / 'history.csv')) == P['epochs'] and not checkpoint.exists()
+
 
 def test_another_seed_gives_other_weights(data, tmp_path):
     "The counter-test of reproducibility: the seed is what makes runs equal."
-    cohort,store = data; folds = assign_folds(cohort.images, 3); made = []
-    for i,seed in enumerate((0, 0, 1)):
+    cohort, store = data
+    folds = assign_folds(cohort.images, 3)
+    made = []
+    for i, seed in enumerate((0, 0, 1)):
         p = SimpleNamespace(**P | dict(seed=seed, epochs=1))
-        finetune(Run(tmp_path/str(i), vars(p)), cohort, store, folds, p, device='cpu')
-        made.append(results(tmp_path/str(i)))
+        finetune(Run(tmp_path / str(i), vars(p)), cohort, store, folds, p, device='cpu')
+        made.append(results(tmp_path / str(i)))
     assert made[0] == made[1] and made[0]['weights.safetensors'] != made[2]['weights.safetensors']
+
 
 def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
     "A bright square that tells the class is learnt; with shuffled labels the validation AUC stays near one half."
-    cohort,store = data; y = cohort.images.label.values
-    images = np.array(store.images); images[np.arange(len(y)), :, :] //= 2
-    for i,k in enumerate(y): images[i, 16*k:16*k + 12, 4:16] = 255
-    rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3); auc,believed = {},{}
-    for name,labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
+    cohort, store = data
+    y = cohort.images.label.values
+    images = np.array(store.images)
+    images[np.arange(len(y)), :, :] //= 2
+    for i, k in enumerate(y):
+        images[i, 16 * k : 16 * k + 12, 4:16] = 255
+    rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3)
+    auc, believed = {}, {}
+    for name, labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
         p = SimpleNamespace(**P | dict(epochs=10, lr=3e-3, augmentation='none'))
-        _,history,_,_,seen = fit(SimpleNamespace(images=images, masks=store.masks), cohort.images.assign(label=labels), rows, p, tmp_path/f'{name}.pt')
-        auc[name],believed[name] = history.val_auc_macro.iloc[-1],seen.filter(like='epoch_').mean()
-        assert list(seen.image) == list(cohort.images.image.iloc[rows['train']]) and list(seen.label) == list(labels[rows['train']])
-        drawn = len(rows['train'])//p.batch_size*p.batch_size
-        assert (seen.filter(like='epoch_').notna().sum() == drawn).all() # an incomplete last batch is left out
-    assert auc['planted'] > .95 and abs(auc['shuffled'] - .5) < .2, auc
-    assert believed['planted'].iloc[-1] > .7 > .5 > believed['planted'].iloc[0] # training dynamics: the label is believed more and more
-    assert believed['planted'].mean() > believed['shuffled'].mean() + .02 # a shuffled one has to be learnt by heart, which comes later
+        _, history, _, _, seen = fit(
+            SimpleNamespace(images=images, masks=store.masks),
+            cohort.images.assign(label=labels),
+            rows,
+            p,
+            tmp_path / f'{name}.pt',
+        )
+        auc[name], believed[name] = history.val_auc_macro.iloc[-1], seen.filter(like='epoch_').mean()
+        assert list(seen.image) == list(cohort.images.image.iloc[rows['train']]) and list(seen.label) == list(
+            labels[rows['train']]
+        )
+        drawn = len(rows['train']) // p.batch_size * p.batch_size
+        assert (seen.filter(like='epoch_').notna().sum() == drawn).all()  # an incomplete last batch is left out
+    assert auc['planted'] > 0.95 and abs(auc['shuffled'] - 0.5) < 0.2, auc
+    assert (
+        believed['planted'].iloc[-1] > 0.7 > 0.5 > believed['planted'].iloc[0]
+    )  # training dynamics: the label is believed more and more
+    assert (
+        believed['planted'].mean() > believed['shuffled'].mean() + 0.02
+    )  # a shuffled one has to be learnt by heart, which comes later
+
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
-    with pytest.raises(InputError, match='the loss is nan.*Cure: lower lr'):
-        fit(store, cohort.images, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path/'c.pt')
+    cohort, store = data
+    rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    with pytest.raises(InputError, match='the loss is nan.*Hint: lower lr'):
+        fit(store, cohort.images, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path / 'c.pt')
+
 
 def test_predictions_do_not_depend_on_the_batch_size(data):
-    cohort,store = data; torch.manual_seed(0)
-    model = Classifier(Encoder('resnet10t')); rows = np.arange(20)
-    a,b = (predict(model, Batches(store.images, rows, cohort.images.label.values, size)) for size in (1, 16))
+    cohort, store = data
+    torch.manual_seed(0)
+    model = Classifier(Encoder('resnet10t'))
+    rows = np.arange(20)
+    a, b = (predict(model, Batches(store.images, rows, cohort.images.label.values, size)) for size in (1, 16))
     assert a.shape == (20, 4) and np.abs(a - b).max() < 1e-4
     seen = []
-    def darken(x, part): seen.append(part); return x*(torch.as_tensor(part) != 7).view(-1, 1, 1, 1)
+
+    def darken(x, part):
+        seen.append(part)
+        return x * (torch.as_tensor(part) != 7).view(-1, 1, 1, 1)
+
     c = predict(model, Batches(store.images, rows, cohort.images.label.values, 16), change=darken)
-    assert np.concatenate(seen).tolist() == rows.tolist() and np.flatnonzero(np.abs(c - b).max(1) > 1e-3).tolist() == [7] # `change` reaches the image it names, and no other
-    with pytest.raises(InputError, match='no order'): predict(model, Batches(store.images, rows, cohort.images.label.values, 4, seed=0))
+    assert np.concatenate(seen).tolist() == rows.tolist() and np.flatnonzero(np.abs(c - b).max(1) > 1e-3).tolist() == [
+        7
+    ]  # `change` reaches the image it names, and no other
+    with pytest.raises(InputError, match='no order'):
+        predict(model, Batches(store.images, rows, cohort.images.label.values, 4, seed=0))
+
 
 def test_provenance_says_what_went_in(data, tmp_path):
-    cohort,store = data; p = SimpleNamespace(**P | dict(epochs=1))
-    finetune(Run(tmp_path/'r', vars(p), dict(store=store.pixels_sha256)), cohort, store, assign_folds(cohort.images, 3), p, device='cpu')
-    prov = load_run(tmp_path/'r')
-    assert prov['inputs']['store'] == store.pixels_sha256 and prov['cohort']['digest'] == cohort.digest and prov['params']['epochs'] == 1
-    assert prov['n_params'] > 1e6 and prov['macs'] > 1e6 and prov['versions']['torch'] and prov['pretrained']['pretrain'] == 'none'
-    df = pd.read_csv(tmp_path/'r'/'predictions.csv')
+    cohort, store = data
+    p = SimpleNamespace(**P | dict(epochs=1))
+    finetune(
+        Run(tmp_path / 'r', vars(p), dict(store=store.pixels_sha256)),
+        cohort,
+        store,
+        assign_folds(cohort.images, 3),
+        p,
+        device='cpu',
+    )
+    prov = load_run(tmp_path / 'r')
+    assert (
+        prov['inputs']['store'] == store.pixels_sha256
+        and prov['cohort']['digest'] == cohort.digest
+        and prov['params']['epochs'] == 1
+    )
+    assert (
+        prov['n_params'] > 1e6
+        and prov['macs'] > 1e6
+        and prov['versions']['torch']
+        and prov['pretrained']['pretrain'] == 'none'
+    )
+    df = pd.read_csv(tmp_path / 'r' / 'predictions.csv')
     assert set(df.split) == {'val', 'test'} and not set(df.group[df.split == 'val']) & set(df.group[df.split == 'test'])
+
 
 @pytest.mark.parametrize('multitask', [False, True])
 def test_a_frozen_encoder_stays_as_it_came(data, tmp_path, multitask):
     "Weights and batch norm's statistics; the counter-test: without freezing both move."
-    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    cohort, store = data
+    rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     for freeze in (True, False):
         p = SimpleNamespace(**P | dict(epochs=1, freeze=freeze, multitask=multitask))
-        before = {k: v.clone() for k,v in make_model(p)[0].state_dict().items()}
-        after = fit(store, cohort.images, rows, p, tmp_path/f'{freeze}.pt')[0].state_dict()
+        before = {k: v.clone() for k, v in make_model(p)[0].state_dict().items()}
+        after = fit(store, cohort.images, rows, p, tmp_path / f'{freeze}.pt')[0].state_dict()
         moved = {k for k in before if (before[k] != after[k]).any()}
         assert 'head.weight' in moved
         encoder = {k for k in moved if k.startswith('encoder.')}
         assert not encoder if freeze else {'encoder.model.conv1.0.weight', 'encoder.model.bn1.running_mean'} <= encoder
 
+
 @pytest.mark.parametrize('seed', range(20))
 def test_label_shares_are_nested_by_patient_and_stratified(seed):
-    g = rng(seed, 'label test'); n = 400
-    patients = np.array([f'p{k}' for k in g.integers(0, 150, n)]); labels = g.choice(4, n, p=(.3, .45, .17, .08)); rows = np.sort(g.choice(n, 300, replace=False))
+    g = rng(seed, 'label test')
+    n = 400
+    patients = np.array([f'p{k}' for k in g.integers(0, 150, n)])
+    labels = g.choice(4, n, p=(0.3, 0.45, 0.17, 0.08))
+    rows = np.sort(g.choice(n, 300, replace=False))
     last = set()
-    for f in (.01, .05, .1, .3, .6, 1.):
+    for f in (0.01, 0.05, 0.1, 0.3, 0.6, 1.0):
         some = label_subset(labels, patients, rows, f, draw=seed)
         assert last <= set(some) <= set(rows) and set(labels[some]) == set(labels[rows])
-        assert set(some) == {i for i in rows if patients[i] in set(patients[some])}, 'a patient without one of his images'
+        assert set(some) == {i for i in rows if patients[i] in set(patients[some])}, (
+            'a patient without one of his images'
+        )
         n_patients = len(set(patients[rows]))
-        assert abs(len(set(patients[some])) - f*n_patients) <= 4
+        assert abs(len(set(patients[some])) - f * n_patients) <= 4
         last = set(some)
-    a,b = (label_subset(labels, patients, rows, .1, draw) for draw in (seed, seed + 1))
+    a, b = (label_subset(labels, patients, rows, 0.1, draw) for draw in (seed, seed + 1))
     assert set(a) != set(b)
+
 
 def test_few_labels_are_trained_on_as_long_as_all(data, tmp_path):
     "The same number of steps; what is left out is neither seen nor its labels used: with them changed, the weights stay the same."
-    cohort,store = data; folds = assign_folds(cohort.images, 3); p = SimpleNamespace(**P | dict(epochs=2, label_fraction=.3, select='last'))
-    finetune(Run(tmp_path/'a', vars(p)), cohort, store, folds, p, device='cpu')
-    rows = split_rows(cohort.images.label, folds, 0, 3)['train']; used = label_subset(cohort.images.label, cohort.images.group, rows, .3)
-    prov = load_run(tmp_path/'a'); assert prov['n']['train'] == len(used) < len(rows) and prov['best_epoch'] == 1
-    others = np.setdiff1d(rows, used); images = np.array(store.images); images[others] = 255 - images[others]
-    class Changed: masks,boxes,digest = store.masks,store.boxes,store.digest
+    cohort, store = data
+    folds = assign_folds(cohort.images, 3)
+    p = SimpleNamespace(**P | dict(epochs=2, label_fraction=0.3, select='last'))
+    finetune(Run(tmp_path / 'a', vars(p)), cohort, store, folds, p, device='cpu')
+    rows = split_rows(cohort.images.label, folds, 0, 3)['train']
+    used = label_subset(cohort.images.label, cohort.images.group, rows, 0.3)
+    prov = load_run(tmp_path / 'a')
+    assert prov['n']['train'] == len(used) < len(rows) and prov['best_epoch'] == 1
+    others = np.setdiff1d(rows, used)
+    images = np.array(store.images)
+    images[others] = 255 - images[others]
+
+    class Changed:
+        masks, boxes, digest = store.masks, store.boxes, store.digest
+
     Changed.images = images
-    finetune(Run(tmp_path/'b', vars(p)), cohort, Changed, folds, p, device='cpu')
-    assert results(tmp_path/'a') == results(tmp_path/'b')
+    finetune(Run(tmp_path / 'b', vars(p)), cohort, Changed, folds, p, device='cpu')
+    assert results(tmp_path / 'a') == results(tmp_path / 'b')
+
 
 def test_the_last_epoch_asks_no_validation_label(data, tmp_path):
-    cohort,store = data; rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3); changed = cohort.images.copy()
+    cohort, store = data
+    rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    changed = cohort.images.copy()
     changed.loc[changed.index[rows['val']], 'label'] = changed.label.iloc[rows['val']].values[::-1]
     p = SimpleNamespace(**P | dict(epochs=2, select='last'))
-    a,b = (fit(store, t, rows, p, tmp_path/f'{i}.pt')[0].state_dict() for i,t in enumerate((cohort.images, changed)))
+    a, b = (
+        fit(store, t, rows, p, tmp_path / f'{i}.pt')[0].state_dict() for i, t in enumerate((cohort.images, changed))
+    )
     assert all((a[k] == b[k]).all() for k in a)

@@ -1,6 +1,16 @@
 "What the graph runs again after a change, after a failure, and on which GPU. Notebooks are not executed: a papermill of a few lines stands in."
-import fcntl, json, os, re, shutil, subprocess, time
-import psutil, pytest, yaml
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import psutil
+import pytest
+import yaml
 from test_study import ROOT, STUDY, command, environment
 
 # writes down what it was asked to make and its GPUs, which it holds for a while, or as long as there is wait/<name>; fails while there is a line in fail/<name>
@@ -13,149 +23,251 @@ if [ -s fail/${name//\//-} ]; then sed -i 1d fail/${name//\//-}; exit 1; fi
 date +%N >"$5"
 '''
 
-def program(file, text): file.parent.mkdir(exist_ok=True); file.write_text(text); file.chmod(0o755)
+
+def program(file, text):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+
 
 def clone(to, seconds=0, **changes):
     "The project's sources in a folder of their own, and the stand-in for papermill."
     to.mkdir()
-    for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for f in ('settings.ini', 'Snakefile'): shutil.copy(ROOT/f, to/f)
-    (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY | changes)); (to/'seconds').write_text(str(seconds)); (to/'fail').mkdir(); (to/'wait').mkdir()
-    program(to/'bin'/'papermill', PAPERMILL)
+    for d in ('nbs', 'cxrpaper', 'config'):
+        shutil.copytree(ROOT / d, to / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for f in ('settings.ini', 'Snakefile'):
+        shutil.copy(ROOT / f, to / f)
+    (to / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(STUDY | changes))
+    (to / 'seconds').write_text(str(seconds))
+    (to / 'fail').mkdir()
+    (to / 'wait').mkdir()
+    program(to / 'bin' / 'papermill', PAPERMILL)
     return to
 
+
 def env(root, **more):
-    e = {k: v for k,v in environment(root).items() if k != 'CUDA_VISIBLE_DEVICES' and not k.startswith('SLURM_')}
-    return e | dict(PATH=f"{root/'bin'}:{e['PATH']}") | more
+    e = {k: v for k, v in environment(root).items() if k != 'CUDA_VISIBLE_DEVICES' and not k.startswith('SLURM_')}
+    return e | dict(PATH=f"{root / 'bin'}:{e['PATH']}") | more
+
 
 def snakemake(root, *more, **environ):
     r = subprocess.run(command(*more), cwd=root, env=env(root, **environ), capture_output=True, text=True)
     return r.returncode, r.stdout + r.stderr
 
-def started(root): return [l.split() for l in (root/'started').read_text().splitlines()]
+
+def started(root):
+    return [l.split() for l in (root / 'started').read_text().splitlines()]
+
 
 @pytest.fixture(scope='module')
 def graph(tmp_path_factory):
-    "A finished study; one training failed at first, twice, and the floors once, in the first of two runs."
-    root = clone(tmp_path_factory.mktemp('graph')/'clone')
-    (root/'fail'/'finetune-resnet10t-none-fold1-seed0').write_text('1\n1\n'); (root/'fail'/'floors').write_text('1\n')
-    first = snakemake(root, '--keep-going', '--resources', 'gpu=0'); (root/'started').rename(root/'started-first')
+    "A finished study; one training failed at first, twice, and the metadata baselines once, in the first of two runs."
+    root = clone(tmp_path_factory.mktemp('graph') / 'clone')
+    (root / 'fail' / 'finetune-resnet10t-none-fold1-seed0').write_text('1\n1\n')
+    (root / 'fail' / 'baselines').write_text('1\n')
+    first = snakemake(root, '--keep-going', '--resources', 'gpu=0')
+    (root / 'started').rename(root / 'started-first')
     return root, first, snakemake(root, '--keep-going')
 
+
 def test_a_failed_training_is_tried_again_and_the_rest_goes_on(graph):
-    root,(first,_),(second,out) = graph
-    names = [l.split()[0] for l in (root/'started-first').read_text().splitlines()]
-    assert first == 1 and names.count('finetune/resnet10t-none-fold1-seed0') == 3 and names.count('floors') == 1
-    assert 'moco/resnet10t' in names and 'finetune/resnet10t-moco-fold0-seed0' in names and 'representations' in names and 'tables' not in names
+    root, (first, _), (second, out) = graph
+    names = [l.split()[0] for l in (root / 'started-first').read_text().splitlines()]
+    assert first == 1 and names.count('finetune/resnet10t-none-fold1-seed0') == 3 and names.count('baselines') == 1
+    assert (
+        'moco/resnet10t' in names
+        and 'finetune/resnet10t-moco-fold0-seed0' in names
+        and 'representations' in names
+        and 'tables' not in names
+    )
     assert second == 0, out[-3000:]
-    assert {n for n,*_ in started(root)} == {'floors', 'tables', 'figures', *EVALUATION, 'results'}
+    assert {n for n, *_ in started(root)} == {'baselines', 'tables', 'figures', *EVALUATION, 'results'}
+
 
 def planned(root):
     "What a run would make now."
-    rc,out = snakemake(root, '--dry-run')
+    rc, out = snakemake(root, '--dry-run')
     assert rc == 0, out[-3000:]
-    made = [re.sub(r'(/04_finetune|/pretraining)?\.ipynb$', '', o.removeprefix('runs/smoke/')) for o in re.findall(r'(?m)^    output: (\S+)$', out)]
+    made = [
+        re.sub(r'(/04_finetune|/pretraining)?\.ipynb$', '', o.removeprefix('runs/smoke/'))
+        for o in re.findall(r'(?m)^    output: (\S+)$', out)
+    ]
     assert made or 'Nothing to be done' in out
     return set(made)
 
+
 def change(root, file, cell_type=None):
     "Change a module, or the last cell of a type in a notebook; returns what undoes it."
-    f = root/file; text = f.read_text()
-    if cell_type is None: f.write_text(text + '\nchanged = True\n')
+    f = root / file
+    text = f.read_text()
+    if cell_type is None:
+        f.write_text(text + '\nchanged = True\n')
     else:
-        nb = json.loads(text); [c for c in nb['cells'] if c['cell_type'] == cell_type][-1]['source'].append('\n# changed')
+        nb = json.loads(text)
+        [c for c in nb['cells'] if c['cell_type'] == cell_type][-1]['source'].append('\n# changed')
         f.write_text(json.dumps(nb))
     return lambda: f.write_text(text)
 
+
 MOCO = {'moco/resnet10t', *(f'finetune/resnet10t-moco-fold{f}-seed0' for f in (0, 1))}
 LABELS = {f'labels/resnet10t-freeze-inpainting-labels0.5-fold{f}-draw0' for f in (0, 1)}
-SCRATCH = {f'finetune/resnet10t-{r}-fold{f}-seed0' for f in (0, 1) for r in ('none', 'multitask-none', 'none-split_byimage')}
+SCRATCH = {
+    f'finetune/resnet10t-{r}-fold{f}-seed0' for f in (0, 1) for r in ('none', 'multitask-none', 'none-split_byimage')
+}
 EVALUATION = {'readiness', 'scorecard', 'evaluation', 'reports'}
-PAGES = {'tables', 'figures', 'diagram', 'results'} # that the study file, and every model, go into
+PAGES = {'tables', 'figures', 'diagram', 'results'}  # that the study file, and every model, go into
+
 
 def test_times_of_files_prose_and_the_number_of_gpus_run_nothing(graph):
     "As after a checkout: every source is newer than every result."
-    root,*_ = graph
-    undo = change(root, 'nbs/04_finetune.ipynb', 'markdown'); study = (root/'config'/'tiny.yaml').read_text()
+    root, *_ = graph
+    undo = change(root, 'nbs/04_finetune.ipynb', 'markdown')
+    study = (root / 'config' / 'tiny.yaml').read_text()
     try:
-        (root/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY | dict(gpus=1)))
+        (root / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(STUDY | dict(gpus=1)))
         for d in ('nbs', 'cxrpaper', 'config'):
-            for f in (root/d).iterdir(): os.utime(f)
+            for f in (root / d).iterdir():
+                os.utime(f)
         assert planned(root) == PAGES | {'representations'} | EVALUATION, 'these read the study file'
-        (root/'config'/'tiny.yaml').write_text(study)
+        (root / 'config' / 'tiny.yaml').write_text(study)
         assert planned(root) == set()
-    finally: undo(); (root/'config'/'tiny.yaml').write_text(study)
+    finally:
+        undo()
+        (root / 'config' / 'tiny.yaml').write_text(study)
 
-@pytest.mark.parametrize('what,expected', [
-    (('cxrpaper/tables.py',), PAGES | {'representations', 'scorecard', 'evaluation', 'reports'}),
-    (('cxrpaper/moco.py',), MOCO | PAGES | {'representations', 'reports'}),
-    (('cxrpaper/finetune.py',), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | {'representations'} | EVALUATION),
-    (('nbs/04_finetune.ipynb', 'code'), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | EVALUATION)])
+
+@pytest.mark.parametrize(
+    'what,expected',
+    [
+        (('cxrpaper/tables.py',), PAGES | {'representations', 'scorecard', 'evaluation', 'reports'}),
+        (('cxrpaper/moco.py',), MOCO | PAGES | {'representations', 'reports'}),
+        (
+            ('cxrpaper/finetune.py',),
+            SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | {'representations'} | EVALUATION,
+        ),
+        (('nbs/04_finetune.ipynb', 'code'), SCRATCH | LABELS | MOCO - {'moco/resnet10t'} | PAGES | EVALUATION),
+    ],
+)
 def test_a_change_of_code_runs_what_depends_on_it(graph, what, expected):
-    root,*_ = graph
+    root, *_ = graph
     undo = change(root, *what)
-    try: assert planned(root) == expected
-    finally: undo()
+    try:
+        assert planned(root) == expected
+    finally:
+        undo()
+
 
 @pytest.mark.parametrize('without_locks', [False, True])
 def test_jobs_at_once_never_share_a_gpu(tmp_path, without_locks):
     "Four jobs at once on two GPUs: a training waits until one is free. Who asks for none sees none. Without the locks two would meet."
-    root = clone(tmp_path/'clone', .2, gpus=1)
-    program(root/'bin'/'nvidia-smi', '#!/bin/sh\necho "GPU 0: Made Up (UUID: GPU-a)\nGPU 1: Made Up (UUID: GPU-b)"\n')
+    root = clone(tmp_path / 'clone', 0.2, gpus=1)
+    program(
+        root / 'bin' / 'nvidia-smi', '#!/bin/sh\necho "GPU 0: Made Up (UUID: GPU-a)\nGPU 1: Made Up (UUID: GPU-b)"\n'
+    )
     if without_locks:
-        assert (text := (root/'Snakefile').read_text()).count('if flock -n $fd;') == 1
-        (root/'Snakefile').write_text(text.replace('if flock -n $fd;', 'if true;'))
+        assert (text := (root / 'Snakefile').read_text()).count('if flock -n $fd;') == 1
+        (root / 'Snakefile').write_text(text.replace('if flock -n $fd;', 'if true;'))
         snakemake(root, '--cores', '4')
-        assert (root/'held-twice').exists(); return
-    rc,out = snakemake(root, '--cores', '4')
-    assert rc == 0 and not (root/'held-twice').exists(), out[-3000:]
-    took = {n: g for n,*g in started(root)}
-    assert all(len(g) == (n.startswith(('finetune/', 'labels/', 'moco/', 'inpainting/')) or n == 'readiness') for n,g in took.items()), took
+        assert (root / 'held-twice').exists()
+        return
+    rc, out = snakemake(root, '--cores', '4')
+    assert rc == 0 and not (root / 'held-twice').exists(), out[-3000:]
+    took = {n: g for n, *g in started(root)}
+    assert all(
+        len(g) == (n.startswith(('finetune/', 'labels/', 'moco/', 'inpainting/')) or n == 'readiness')
+        for n, g in took.items()
+    ), took
     assert {g for n in took for g in took[n]} == {'GPU-a', 'GPU-b'}
+
 
 def until(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end
-        time.sleep(.05)
+        time.sleep(0.05)
+
 
 def locked(file):
     with open(file) as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: return True
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
+
 
 def test_a_killed_job_gives_its_gpu_back(tmp_path):
     "The GPU is held as long as the notebook runs, also when Snakemake is killed, and not longer. A user's CUDA_VISIBLE_DEVICES is kept to."
-    root,name = clone(tmp_path/'clone', gpus=1),'resnet10t-none-fold0-seed0'
-    target,wait = f'runs/smoke/finetune/{name}/04_finetune.ipynb',root/'wait'/f'finetune-{name}'
+    root, name = clone(tmp_path / 'clone', gpus=1), 'resnet10t-none-fold0-seed0'
+    target, wait = f'runs/smoke/finetune/{name}/04_finetune.ipynb', root / 'wait' / f'finetune-{name}'
     wait.touch()
-    p = subprocess.Popen(command('--nolock', target), cwd=root, env=env(root, CUDA_VISIBLE_DEVICES='7'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until((root/'held-7').exists)
-    lock, = root.glob('.snakemake/gpu-*-7.lock')
+    p = subprocess.Popen(
+        command('--nolock', target),
+        cwd=root,
+        env=env(root, CUDA_VISIBLE_DEVICES='7'),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until((root / 'held-7').exists)
+    (lock,) = root.glob('.snakemake/gpu-*-7.lock')
     jobs = psutil.Process(p.pid).children(recursive=True)
-    p.kill(); p.wait(); time.sleep(.5)
+    p.kill()
+    p.wait()
+    time.sleep(0.5)
     assert locked(lock)
     for j in jobs:
-        if j.is_running(): j.kill()
+        if j.is_running():
+            j.kill()
     psutil.wait_procs(jobs, timeout=10)
     assert not locked(lock)
-    (root/'held-7').rmdir(); wait.unlink()
-    rc,out = snakemake(root, '--nolock', target, CUDA_VISIBLE_DEVICES='7')
+    (root / 'held-7').rmdir()
+    wait.unlink()
+    rc, out = snakemake(root, '--nolock', target, CUDA_VISIBLE_DEVICES='7')
     assert rc == 0 and started(root)[-1] == [f'finetune/{name}', '7'], out[-3000:]
 
+
 def test_a_study_that_needs_a_gpu_is_refused_without_one(tmp_path):
-    root = clone(tmp_path/'clone', gpus=1)
-    rc,out = snakemake(root, '--resources', 'gpu=0')
-    assert rc != 0 and 'config/tiny.yaml takes 1 GPU a training and this machine has 0' in out and 'set gpus: 0' in out and not (root/'started').exists()
-    rc,out = snakemake(root, '--resources', 'gpu=1', '--retries', '0', '--', 'runs/smoke/moco/resnet10t/pretraining.ipynb', CUDA_VISIBLE_DEVICES='')
-    assert rc != 0 and 'pretrain takes 1 GPU, here are 0' in out and {n for n,*_ in started(root)} == {'cohort', 'store', 'pretraining_phantom'}
+    root = clone(tmp_path / 'clone', gpus=1)
+    rc, out = snakemake(root, '--resources', 'gpu=0')
+    assert (
+        rc != 0
+        and 'config/tiny.yaml takes 1 GPU a training and this machine has 0' in out
+        and 'set gpus: 0' in out
+        and not (root / 'started').exists()
+    )
+    rc, out = snakemake(
+        root,
+        '--resources',
+        'gpu=1',
+        '--retries',
+        '0',
+        '--',
+        'runs/smoke/moco/resnet10t/pretraining.ipynb',
+        CUDA_VISIBLE_DEVICES='',
+    )
+    assert (
+        rc != 0
+        and 'pretrain takes 1 GPU, here are 0' in out
+        and {n for n, *_ in started(root)} == {'cohort', 'store', 'pretraining_phantom'}
+    )
+
 
 def test_a_job_that_runs_already_is_waited_for(tmp_path):
-    root = clone(tmp_path/'clone'); (root/'.snakemake').mkdir()
-    with open(root/'.snakemake'/'runs-smoke-logs-cohort.log.lock', 'w') as other:
+    root = clone(tmp_path / 'clone')
+    (root / '.snakemake').mkdir()
+    with open(root / '.snakemake' / 'runs-smoke-logs-cohort.log.lock', 'w') as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        p = subprocess.Popen(command('runs/smoke/cohort.ipynb'), cwd=root, env=env(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(lambda: p.poll() is not None or any(c.name() == 'flock' for c in psutil.Process(p.pid).children(recursive=True)))
-        assert p.poll() is None and not (root/'started').exists()
+        p = subprocess.Popen(
+            command('runs/smoke/cohort.ipynb'),
+            cwd=root,
+            env=env(root),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until(
+            lambda: (
+                p.poll() is not None or any(c.name() == 'flock' for c in psutil.Process(p.pid).children(recursive=True))
+            )
+        )
+        assert p.poll() is None and not (root / 'started').exists()
     assert p.wait(60) == 0 and started(root) == [['cohort']]

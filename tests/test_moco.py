@@ -1,92 +1,165 @@
 "MoCo: loss, queue and momentum against lightly and loops; several processes against one; killed runs."
-import json, os, subprocess, sys
+
+import json
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 import torch.nn.functional as F
-from cxrpaper.augment import PRESETS
-from cxrpaper.models import Encoder
-from cxrpaper.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
-from cxrpaper.runs import InputError
-from cxrpaper.training import Batches, Watching, make_learner, scheduled
 from test_finetune import small
+
+from cxrpaper.models.nets import Encoder
+from cxrpaper.runs import InputError
+from cxrpaper.training.augment import PRESETS
+from cxrpaper.training.loop import Batches, EpochRecorder, make_learner, scheduled
+from cxrpaper.training.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 @pytest.fixture(autouse=True)
-def seeded(): torch.manual_seed(0)
+def seeded():
+    torch.manual_seed(0)
+
 
 @pytest.fixture(scope='module')
-def data(): return small()
+def data():
+    return small()
+
 
 def learner(data, file=None, groups=2, how='none', progress=False, batch=16, K=32, **more):
     "A small MoCo on the phantom: its learner and what watches it."
-    cohort,store = data; torch.manual_seed(0); watching = Watching(progress)
-    model = MoCo(Encoder('resnet10t'), dim=16, K=K, m=.9, groups=groups)
+    cohort, store = data
+    torch.manual_seed(0)
+    watching = EpochRecorder(progress)
+    model = MoCo(Encoder('resnet10t'), dim=16, K=K, m=0.9, groups=groups)
     train = Batches(store.images, np.arange(48), cohort.images.label.values, batch, seed=0)
     none = Batches(store.images, [], cohort.images.label.values, batch)
-    return make_learner(model, train, none, InfoNCE(), watching, 0, file, wd=1e-4, cbs=[TwoViews(PRESETS[how]), scheduled(1e-3, 'steps'), *more.get('cbs', [])]), watching
+    return make_learner(
+        model,
+        train,
+        none,
+        InfoNCE(),
+        watching,
+        0,
+        file,
+        wd=1e-4,
+        cbs=[TwoViews(PRESETS[how]), scheduled(1e-3, 'steps'), *more.get('cbs', [])],
+    ), watching
+
 
 def test_loss_and_queue_are_those_of_lightly():
     from lightly.loss import NTXentLoss
-    model = MoCo(Encoder('resnet10t'), dim=8, K=24, m=.9, T=.2).train(); theirs = NTXentLoss(temperature=.2, memory_bank_size=(24, 8))
-    for _ in range(4): # once round the queue and on
+
+    model = MoCo(Encoder('resnet10t'), dim=8, K=24, m=0.9, T=0.2).train()
+    theirs = NTXentLoss(temperature=0.2, memory_bank_size=(24, 8))
+    for _ in range(4):  # once round the queue and on
         views = torch.rand(16, 1, 32, 32)
-        if not theirs.memory_bank.bank.numel(): theirs(torch.rand(2, 8), torch.rand(2, 8)) # it makes its queue at the first call
-        theirs.memory_bank.bank = (model.queue if theirs.memory_bank.bank.shape == model.queue.shape else model.queue.T).clone(); theirs.memory_bank.bank_ptr = model.pointer.reshape(1).clone()
+        if not theirs.memory_bank.bank.numel():
+            theirs(torch.rand(2, 8), torch.rand(2, 8))  # it makes its queue at the first call
+        theirs.memory_bank.bank = (
+            model.queue if theirs.memory_bank.bank.shape == model.queue.shape else model.queue.T
+        ).clone()
+        theirs.memory_bank.bank_ptr = model.pointer.reshape(1).clone()
         with torch.no_grad():
-            for p in model.encoder.parameters(): p.add_(.01*torch.randn_like(p))
-        probe = deepcopy(model); ours = float(InfoNCE()(model(views)))
-        probe.update_key_encoder(); q = probe.features(probe.encoder, probe.head, views[:8]); k = probe.keys(views[8:])
+            for p in model.encoder.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        probe = deepcopy(model)
+        ours = float(InfoNCE()(model(views)))
+        probe.update_key_encoder()
+        q = probe.features(probe.encoder, probe.head, views[:8])
+        k = probe.keys(views[8:])
         assert abs(float(theirs(q, k)) - ours) < 1e-5
-        bank = theirs.memory_bank.bank if theirs.memory_bank.bank.shape == model.queue.shape else theirs.memory_bank.bank.T
+        bank = (
+            theirs.memory_bank.bank if theirs.memory_bank.bank.shape == model.queue.shape else theirs.memory_bank.bank.T
+        )
         assert (bank - model.queue).abs().max() < 1e-6 and int(theirs.memory_bank.bank_ptr) % 24 == int(model.pointer)
+
 
 def test_the_first_step_does_not_know_and_the_loss_says_so():
     "Unrelated features: the loss is about log(1 + K); one's own key at similarity 1: nearly 0 at a low temperature."
     z = torch.cat([torch.zeros(64, 1), torch.zeros(64, 500)], 1)
     assert abs(float(InfoNCE()(z)) - np.log(501)) < 1e-5
-    z[:, 0] = 20.; loss = InfoNCE(); assert float(loss(z)) < 1e-5 and float(loss.terms['accuracy']) == 1
+    z[:, 0] = 20.0
+    loss = InfoNCE()
+    assert float(loss(z)) < 1e-5 and float(loss.terms['accuracy']) == 1
+
 
 @pytest.mark.parametrize('groups,batch', [(1, 8), (2, 8), (4, 8)])
 def test_shuffled_keys_come_back_to_their_queries(groups, batch):
     "Without batch statistics (evaluation mode of every norm) shuffling must change nothing but rounding."
     model = MoCo(Encoder('resnet10t'), dim=8, K=16, groups=groups).train()
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d): m.eval()
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()
     x = torch.rand(batch, 1, 32, 32)
-    with torch.no_grad(): a = model.keys(x); b = model.features(model.key_encoder, model.key_head, x)
+    with torch.no_grad():
+        a = model.keys(x)
+        b = model.features(model.key_encoder, model.key_head, x)
     assert (a - b).abs().max() < 1e-5
 
+
 def test_the_key_encoder_learns_by_momentum_only(data):
-    learn,_ = learner(data); before = deepcopy(learn.model.state_dict()); learn.fit(1); after = learn.model.state_dict()
-    moved = lambda prefix: max(float((after[k] - before[k]).abs().max()) for k in after if k.startswith(prefix) and k.endswith('weight'))
-    assert 0 < moved('key_encoder') < moved('encoder') and all(p.grad is None for p in learn.model.key_encoder.parameters())
+    learn, _ = learner(data)
+    before = deepcopy(learn.model.state_dict())
+    learn.fit(1)
+    after = learn.model.state_dict()
+    moved = lambda prefix: max(
+        float((after[k] - before[k]).abs().max()) for k in after if k.startswith(prefix) and k.endswith('weight')
+    )
+    assert 0 < moved('key_encoder') < moved('encoder') and all(
+        p.grad is None for p in learn.model.key_encoder.parameters()
+    )
     assert int(after['pointer']) == 48 % 32 and int(after['step']) == 3
 
-def test_what_does_not_fit_is_refused():
-    for args,what in (((1000, 16, 1000), 'no multiple'), ((100, 16, 128), 'only 100 images')):
-        with pytest.raises(InputError, match=what): check_queue(*args)
-    with pytest.raises(InputError, match='groups'): check_groups(10, 4)
-    with pytest.raises(InputError, match='queue'): MoCo(Encoder('resnet10t'), dim=8, K=12).train()(torch.rand(16, 1, 32, 32))
 
-class Stop(Watching):
+def test_what_does_not_fit_is_refused():
+    for args, what in (((1000, 16, 1000), 'no multiple'), ((100, 16, 128), 'only 100 images')):
+        with pytest.raises(InputError, match=what):
+            check_queue(*args)
+    with pytest.raises(InputError, match='groups'):
+        check_groups(10, 4)
+    with pytest.raises(InputError, match='queue'):
+        MoCo(Encoder('resnet10t'), dim=8, K=12).train()(torch.rand(16, 1, 32, 32))
+
+
+class Stop(EpochRecorder):
     "An accident in the middle of an epoch."
+
     order = 15
-    def __init__(self, epoch, batch): self.at = (epoch, batch); super().__init__(False)
+
+    def __init__(self, epoch, batch):
+        self.at = (epoch, batch)
+        super().__init__(False)
+
     def after_batch(self):
-        if (self.epoch, self.iter) == self.at: raise KeyboardInterrupt
-    def before_train(self): pass
-    def after_validate(self): pass
+        if (self.epoch, self.iter) == self.at:
+            raise KeyboardInterrupt
+
+    def before_train(self):
+        pass
+
+    def after_validate(self):
+        pass
+
 
 def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, tmp_path):
-    whole,seen = learner(data, tmp_path/'whole.pt', how='moco_cxr'); whole.fit(4)
+    whole, seen = learner(data, tmp_path / 'whole.pt', how='moco_cxr')
+    whole.fit(4)
     for at in ((0, 2), (1, 0), (2, 1)):
-        with pytest.raises(KeyboardInterrupt): learner(data, tmp_path/'part.pt', how='moco_cxr', cbs=[Stop(*at)])[0].fit(4)
-    part,again = learner(data, tmp_path/'part.pt', how='moco_cxr'); part.fit(4)
+        with pytest.raises(KeyboardInterrupt):
+            learner(data, tmp_path / 'part.pt', how='moco_cxr', cbs=[Stop(*at)])[0].fit(4)
+    part, again = learner(data, tmp_path / 'part.pt', how='moco_cxr')
+    part.fit(4)
     assert again.history == seen.history and len(seen.history) == 4
-    a,b = whole.model.state_dict(),part.model.state_dict()
+    a, b = whole.model.state_dict(), part.model.state_dict()
     assert all((a[k] == b[k]).all() for k in a) and {'queue', 'pointer', 'key_encoder.model.conv1.0.weight'} <= set(a)
+
 
 SCRIPT = '''
 import json, sys; sys.path.insert(0, {tests!r})
@@ -100,18 +173,29 @@ if __name__ == '__main__':
         torch.save(dict(history=watching.history, state=plain(learn.model).state_dict()), sys.argv[1])
 '''
 
+
 def test_two_processes_train_as_one(data, tmp_path):
     "Same loss, queue and weights as one process with the same global batch; the counter-test: with another batch they differ."
-    f = tmp_path/'two.py'; f.write_text(SCRIPT.format(tests=str(ROOT/'tests'), world=2))
-    r = subprocess.run([Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc-per-node', '2', f, tmp_path/'two.pt'], capture_output=True, text=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    f = tmp_path / 'two.py'
+    f.write_text(SCRIPT.format(tests=str(ROOT / 'tests'), world=2))
+    r = subprocess.run(
+        [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc-per-node', '2', f, tmp_path / 'two.pt'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    two = torch.load(tmp_path/'two.pt', weights_only=False)
-    one,seen = learner(data); one.fit(3)
+    two = torch.load(tmp_path / 'two.pt', weights_only=False)
+    one, seen = learner(data)
+    one.fit(3)
     losses = lambda h: np.array([e['train_loss'] for e in h])
     print(losses(seen.history), losses(two['history']))
     assert np.abs(losses(two['history']) - losses(seen.history)).max() < 1e-4
-    a,b = one.model.state_dict(),two['state']
-    assert max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith('weight')) < 1e-3 and (a['queue'] - b['queue']).abs().max() < 1e-2
-    other,seen = learner(data, batch=8); other.fit(3)
+    a, b = one.model.state_dict(), two['state']
+    assert (
+        max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith('weight')) < 1e-3
+        and (a['queue'] - b['queue']).abs().max() < 1e-2
+    )
+    other, seen = learner(data, batch=8)
+    other.fit(3)
     assert np.abs(losses(two['history']) - losses(seen.history)).max() > 1e-3

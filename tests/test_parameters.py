@@ -1,6 +1,12 @@
 "papermill takes any name and any type; the notebooks must not."
-import json, re, subprocess, sys, uuid
+
+import json
+import re
+import subprocess
+import sys
+import uuid
 from pathlib import Path
+
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.iorw import load_notebook_node
@@ -8,60 +14,122 @@ from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-RUNNABLE = sorted(set(re.findall(r"nbs/(\w+\.ipynb)", (ROOT/'Snakefile').read_text())))
+RUNNABLE = sorted(set(re.findall(r"nbs/(\w+\.ipynb)", (ROOT / 'Snakefile').read_text())))
+
 
 def check_cells(name, given):
     "Execute a notebook, with papermill's injected cell, up to the cell that checks the parameters; returns the error or None."
-    nb = parameterize_notebook(load_notebook_node(str(ROOT/'nbs'/name)), given)
+    nb = parameterize_notebook(load_notebook_node(str(ROOT / 'nbs' / name)), given)
     shell = InteractiveShell()
     for c in nb.cells:
-        if c.cell_type != 'code': continue
+        if c.cell_type != 'code':
+            continue
         r = shell.run_cell(c.source, store_history=True, silent=False)
-        if r.error_in_exec or r.error_before_exec: return r.error_in_exec or r.error_before_exec
-        if 'parameters(globals()' in c.source: return None
+        if r.error_in_exec or r.error_before_exec:
+            return r.error_in_exec or r.error_before_exec
+        if 'parameters(globals()' in c.source:
+            return None
     raise AssertionError(f'{name} never checks its parameters')
 
+
 @pytest.mark.parametrize('name', RUNNABLE)
-@pytest.mark.parametrize('given,what', [
-    ({}, None),
-    ({'pretrian': 'moco'}, 'unknown parameter pretrian'),
-    ({'profile': 'smok'}, "parameter profile: 'smok'"),
-    ({'profile': 3}, 'parameter profile: 3 (int)')], ids=['defaults', 'misspelt', 'choice', 'type'])
+@pytest.mark.parametrize(
+    'given,what',
+    [
+        ({}, None),
+        ({'pretrian': 'moco'}, 'unknown parameter pretrian'),
+        ({'profile': 'smok'}, "parameter profile: 'smok'"),
+        ({'profile': 3}, 'parameter profile: 3 (int)'),
+    ],
+    ids=['defaults', 'misspelt', 'choice', 'type'],
+)
 def test_parameters_are_checked(name, given, what, capsys):
     error = check_cells(name, given)
-    if what is None: assert error is None, error
-    else: assert error is not None and what in str(error) and 'Cure' in str(error)
+    if what is None:
+        assert error is None, error
+    else:
+        assert error is not None and what in str(error) and 'Hint' in str(error)
 
-@pytest.mark.parametrize('given,what', [({'lr': '1e-3'}, 'write it with a point, as 1.0e-3'), ({'lr': 7}, 'a number from'), ({'epochs': 2.5}, 'a whole number'),
-                                        ({'fold': 9}, 'folds count from 0'), ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'"),
-                                        ({'masks': 'shuffled'}, 'set multitask to true'), ({'multitask': True, 'px': 100}, 'divisible by 32')])
+
+@pytest.mark.parametrize(
+    'given,what',
+    [
+        ({'lr': '1e-3'}, 'write it with a point, as 1.0e-3'),
+        ({'lr': 7}, 'a number from'),
+        ({'epochs': 2.5}, 'a whole number'),
+        ({'fold': 9}, 'folds count from 0'),
+        ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'"),
+        ({'masks': 'shuffled'}, 'set multitask to true'),
+        ({'multitask': True, 'px': 100}, 'divisible by 32'),
+    ],
+)
 def test_finetune_refuses(given, what, capsys):
     assert what in str(check_cells('04_finetune.ipynb', given))
 
-def papermill(*args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):
-    return subprocess.run([BIN/'papermill', '--no-progress-bar', ROOT/nb, out, *args], cwd=cwd, capture_output=True, text=True)
 
-@pytest.mark.parametrize('args,what', [(['-p', 'pretrian', 'moco'], 'unknown parameter pretrian'), (['-y', 'lr: 1e-3'], 'as 1.0e-3')], ids=['misspelt', 'yaml'])
+def papermill(*args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):
+    return subprocess.run(
+        [BIN / 'papermill', '--no-progress-bar', ROOT / nb, out, *args], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    'args,what',
+    [(['-p', 'pretrian', 'moco'], 'unknown parameter pretrian'), (['-y', 'lr: 1e-3'], 'as 1.0e-3')],
+    ids=['misspelt', 'yaml'],
+)
 def test_on_the_command_line(args, what, tmp_path):
-    "As a user types it: exit status not 0, the cure in the message, and no run left behind."
-    before = set((ROOT/'runs').rglob('params.json'))
-    r = papermill(*args, out=tmp_path/'out.ipynb')
+    "As a user types it: exit status not 0, the hint in the message, and no run left behind."
+    before = set((ROOT / 'runs').rglob('params.json'))
+    r = papermill(*args, out=tmp_path / 'out.ipynb')
     assert r.returncode != 0 and what in r.stderr
-    assert set((ROOT/'runs').rglob('params.json')) == before
+    assert set((ROOT / 'runs').rglob('params.json')) == before
+
 
 @pytest.mark.parametrize('pretrain', ['moco', 'inpainting'])
 def test_a_missing_pretraining_says_which_run(pretrain, tmp_path):
-    r = papermill('-p', 'pretrain', pretrain, '-p', 'arch', 'resnet10t', '-p', 'px', '64', '-p', 'epochs', '1', out=tmp_path/'out.ipynb') # the notebooks 03_* leave runs of another arch
-    assert r.returncode != 0 and f'there is no {pretrain} run with resnet10t' in r.stderr and 'Cure' in r.stderr
+    r = papermill(
+        '-p',
+        'pretrain',
+        pretrain,
+        '-p',
+        'arch',
+        'resnet10t',
+        '-p',
+        'px',
+        '64',
+        '-p',
+        'epochs',
+        '1',
+        out=tmp_path / 'out.ipynb',
+    )  # the notebooks 03_* leave runs of another arch
+    assert r.returncode != 0 and f'there is no {pretrain} run with resnet10t' in r.stderr and 'Hint' in r.stderr
+
 
 def test_the_same_from_anywhere(tmp_path):
     "One small run from the root, from nbs/ and from elsewhere: the same predictions."
-    args = ['-p', 'px', '64', '-p', 'epochs', '1', '-p', 'arch', 'resnet10t', '-p', 'n_folds', '3', '-p', 'pretrain', 'none']
-    seen,name = [],uuid.uuid4().hex[:8]
-    for i,cwd in enumerate((ROOT, ROOT/'nbs', tmp_path)):
+    args = [
+        '-p',
+        'px',
+        '64',
+        '-p',
+        'epochs',
+        '1',
+        '-p',
+        'arch',
+        'resnet10t',
+        '-p',
+        'n_folds',
+        '3',
+        '-p',
+        'pretrain',
+        'none',
+    ]
+    seen, name = [], uuid.uuid4().hex[:8]
+    for i, cwd in enumerate((ROOT, ROOT / 'nbs', tmp_path)):
         run = f'runs/test/anywhere-{name}-{i}'
-        r = papermill(*args, '-p', 'run', run, cwd=cwd, out=tmp_path/f'{i}.ipynb')
+        r = papermill(*args, '-p', 'run', run, cwd=cwd, out=tmp_path / f'{i}.ipynb')
         assert r.returncode == 0, r.stderr[-3000:]
-        seen.append((ROOT/run/'predictions.csv').read_bytes())
-        assert json.loads((ROOT/run/'provenance.json').read_text())['params']['epochs'] == 1
+        seen.append((ROOT / run / 'predictions.csv').read_bytes())
+        assert json.loads((ROOT / run / 'provenance.json').read_text())['params']['epochs'] == 1
     assert seen[0] == seen[1] == seen[2] and seen[0].count(b'\n') > 50

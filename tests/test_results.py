@@ -1,101 +1,230 @@
 "The page of results: it runs with nothing there and with a study there, every relative link leads somewhere, and what is wrong is said."
-import html, json, os, re, shutil, subprocess, sys
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
-import nbformat, pandas as pd, pytest
-from cxrpaper import results as R
+
+import nbformat
+import pandas as pd
+import pytest
+
+from cxrpaper.paper import provenance as R
 from cxrpaper.runs import project_root, write_json
 from cxrpaper.study import read_study
 
-ROOT = project_root(); BIN = Path(sys.executable).parent
+ROOT = project_root()
+BIN = Path(sys.executable).parent
 SMOKE = read_study('config/smoke.yaml')
-RUNS = json.loads((ROOT/'figures'/'figure4.json').read_text())['runs'] # two of the study's runs
+RUNS = json.loads((ROOT / 'figures' / 'figure4.json').read_text())['runs']  # two of the study's runs
+
 
 def executed_notebook(file, source, status=('completed', 'completed')):
     "A notebook as papermill leaves it, made up."
-    cells = [nbformat.v4.new_code_cell('1', metadata=dict(papermill=dict(status=s, exception=s == 'failed'))) for s in status]
+    cells = [
+        nbformat.v4.new_code_cell('1', metadata=dict(papermill=dict(status=s, exception=s == 'failed'))) for s in status
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(papermill=dict(input_path=f'nbs/{source}', start_time='2026-01-02T03:04:05+00:00', duration=60.))), file)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=cells,
+            metadata=dict(
+                papermill=dict(input_path=f'nbs/{source}', start_time='2026-01-02T03:04:05+00:00', duration=60.0)
+            ),
+        ),
+        file,
+    )
+
 
 def clone(to, figures):
     to.mkdir()
-    for d in ('nbs', 'cxrpaper', 'config') + (('figures',) if figures else ()): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    shutil.copy(ROOT/'settings.ini', to)
+    for d in ('nbs', 'cxrpaper', 'config') + (('figures',) if figures else ()):
+        shutil.copytree(ROOT / d, to / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    shutil.copy(ROOT / 'settings.ini', to)
     return to
+
 
 def page(root, at='runs/smoke'):
     "Execute the notebook there; its outputs as one text."
-    (root/at).mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
-    r = subprocess.run([BIN/'papermill', '--no-progress-bar', '--log-level', 'ERROR', 'nbs/08_results.ipynb', f'{at}/results.ipynb', '-p', 'at', at], cwd=root, env=env, capture_output=True, text=True)
+    (root / at).mkdir(parents=True, exist_ok=True)
+    env = {
+        **os.environ,
+        'PYTHONPATH': str(root),
+        'OMP_NUM_THREADS': '1',
+        'PYTHONWARNINGS': 'ignore',
+        'MPLBACKEND': 'agg',
+    }
+    r = subprocess.run(
+        [
+            BIN / 'papermill',
+            '--no-progress-bar',
+            '--log-level',
+            'ERROR',
+            'nbs/appendix/paper/provenance.ipynb',
+            f'{at}/results.ipynb',
+            '-p',
+            'at',
+            at,
+        ],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    return shown(root/at/'results.ipynb')
+    return shown(root / at / 'results.ipynb')
+
 
 def shown(file) -> str:
     outputs = [o.get('data', {}) for c in nbformat.read(file, 4).cells if c.cell_type == 'code' for o in c.outputs]
     return '\n\n'.join(''.join(d.get('text/markdown', d.get('text/html', ''))) for d in outputs)
 
-def links(text) -> list: return [unquote(html.unescape(u)) for u in re.findall(r'(?:href|src)="([^"]+)"', text) + re.findall(r'\]\(([^)\s]+)\)', text)]
-def broken(text, folder) -> list: return [u for u in links(text) if not re.match(r'https?:|#', u) and not (folder/u).exists()]
+
+def links(text) -> list:
+    return [
+        unquote(html.unescape(u))
+        for u in re.findall(r'(?:href|src)="([^"]+)"', text) + re.findall(r'\]\(([^)\s]+)\)', text)
+    ]
+
+
+def broken(text, folder) -> list:
+    return [u for u in links(text) if not re.match(r'https?:|#', u) and not (folder / u).exists()]
+
 
 def test_with_nothing_run_it_says_what_to_do(tmp_path):
-    text = page(clone(tmp_path/'clone', False))
-    assert text.strip().startswith('> **The images are phantoms') and 'make paper PROFILE=smoke' in text and '0 of ' in text
-    assert not broken(text, tmp_path/'clone'/'runs'/'smoke')
+    text = page(clone(tmp_path / 'clone', False))
+    assert (
+        text.strip().startswith('> **The images are phantoms')
+        and 'make paper PROFILE=smoke' in text
+        and '0 of ' in text
+    )
+    assert not broken(text, tmp_path / 'clone' / 'runs' / 'smoke')
+
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "A clone with the committed figures, two of their runs (one made again since), two pages, a job that failed, and two files that no run made."
-    root = clone(tmp_path_factory.mktemp('whole')/'clone', True)
-    for i,(run,p) in enumerate(RUNS.items()):
-        executed_notebook(root/run/'04_finetune.ipynb', '04_finetune.ipynb'); write_json(root/run/'provenance.json', dict(key='other' if i else p['key'], device='a device'))
-    for k in ('tables', 'figures'): executed_notebook(root/'runs'/'smoke'/f'{k}.ipynb', f"{dict(tables='06_tables', figures='07_figures')[k]}.ipynb")
-    executed_notebook(root/'runs'/'smoke'/'finetune'/'.broken.ipynb', '04_finetune.ipynb', ('completed', 'failed', 'pending')); executed_notebook(root/'runs'/'smoke'/'moco'/'cut.ipynb.tmp', '03_moco.ipynb', ('completed', 'pending'))
-    (root/'figures'/'drawn by hand.png').write_bytes(b'x'); f = root/'figures'/'table2.csv'; f.write_text(f.read_text().replace('0.9', '0.8', 1))
+    root = clone(tmp_path_factory.mktemp('whole') / 'clone', True)
+    for i, (run, p) in enumerate(RUNS.items()):
+        executed_notebook(root / run / '04_finetune.ipynb', '04_finetune.ipynb')
+        write_json(root / run / 'provenance.json', dict(key='other' if i else p['key'], device='a device'))
+    for k in ('tables', 'figures'):
+        executed_notebook(
+            root / 'runs' / 'smoke' / f'{k}.ipynb', f"{dict(tables='06_tables', figures='07_figures')[k]}.ipynb"
+        )
+    executed_notebook(
+        root / 'runs' / 'smoke' / 'finetune' / '.broken.ipynb', '04_finetune.ipynb', ('completed', 'failed', 'pending')
+    )
+    executed_notebook(root / 'runs' / 'smoke' / 'moco' / 'cut.ipynb.tmp', '03_moco.ipynb', ('completed', 'pending'))
+    (root / 'figures' / 'drawn by hand.png').write_bytes(b'x')
+    f = root / 'figures' / 'table2.csv'
+    f.write_text(f.read_text().replace('0.9', '0.8', 1))
     return root, page(root)
 
+
 def test_every_link_leads_somewhere(whole):
-    root,text = whole
+    root, text = whole
     found = links(text)
-    assert len(found) > 150 and not broken(text, root/'runs'/'smoke')
-    for want in ('../../figures/table4.csv', '../../figures/table4.tex', '../../figures/figure4.svg', '../../figures/figure4.png', '../../figures/figure1.json', 'tables.ipynb', 'figures.ipynb', '../../nbs/06_tables.ipynb', f"{Path(next(iter(RUNS))).relative_to('runs/smoke')}/04_finetune.ipynb"):
+    assert len(found) > 150 and not broken(text, root / 'runs' / 'smoke')
+    for want in (
+        '../../figures/table4.csv',
+        '../../figures/table4.tex',
+        '../../figures/figure4.svg',
+        '../../figures/figure4.png',
+        '../../figures/figure1.json',
+        'tables.ipynb',
+        'figures.ipynb',
+        '../../nbs/06_tables.ipynb',
+        f"{Path(next(iter(RUNS))).relative_to('runs/smoke')}/04_finetune.ipynb",
+    ):
         assert want in found, want
+
 
 def test_a_link_that_leads_nowhere_is_found(whole, tmp_path):
     "The counter-test: the page in another folder, and a file taken away."
-    root,text = whole
+    root, text = whole
     assert len(broken(text, tmp_path)) > 100
-    assert broken(text.replace('table4.csv', 'table44.csv'), root/'runs'/'smoke') == ['../../figures/table44.csv']
+    assert broken(text.replace('table4.csv', 'table44.csv'), root / 'runs' / 'smoke') == ['../../figures/table44.csv']
+
 
 def test_each_table_and_figure_is_shown_with_its_source(whole):
-    root,text = whole
-    names = sorted((f.stem for f in (root/'figures').glob('*.json')), key=R.order)
+    root, text = whole
+    names = sorted((f.stem for f in (root / 'figures').glob('*.json')), key=R.order)
     assert re.findall(r'(?m)^### (\w+)$', text) == names
     for n in names:
-        part = text.split(f'### {n}\n')[1].split('\n### ')[0]; side = json.loads((root/'figures'/f'{n}.json').read_text())
+        part = text.split(f'### {n}\n')[1].split('\n### ')[0]
+        side = json.loads((root / 'figures' / f'{n}.json').read_text())
         assert all(f in part for f in side['files']) and R.made_by(n) in part
-        if n.startswith(('table', 'figure')): assert side['caption'] in part
+        if n.startswith(('table', 'figure')):
+            assert side['caption'] in part
         assert all(r in part for r in side['runs']) and ('<details>' in part) == (len(side['runs']) > 3)
-        if n.startswith('figure'): assert f'src="../../figures/{n}.png"' in part
-    assert '| tf_efficientnet_lite0, imagenet' in text # a table's content
+        if n.startswith('figure'):
+            assert f'src="../../figures/{n}.png"' in part
+    assert '| tf_efficientnet_lite0, imagenet' in text  # a table's content
+
 
 def test_what_is_wrong_is_said(whole):
-    _,text = whole
-    head,found = text.split('### table1')[0],text.split('### tripod_ai')[1]
+    _, text = whole
+    head, found = text.split('### table1')[0], text.split('### tripod_ai')[1]
     assert '2 of them did not reach the end' in head and 'failed in cell 1' in head and 'stopped before cell 1' in head
-    assert 'Some tables or figures are older than their runs' in head and '1 of its runs were made again since' in text.split('### figure4\n')[1].split('\n### ')[0]
-    assert re.search(r'figures/drawn by hand.png\s*\| no provenance names it', found) and re.search(r'figures/table2.csv\s*\| edited', found)
+    assert (
+        'Some tables or figures are older than their runs' in head
+        and '1 of its runs were made again since' in text.split('### figure4\n')[1].split('\n### ')[0]
+    )
+    assert re.search(r'figures/drawn by hand.png\s*\| no provenance names it', found) and re.search(
+        r'figures/table2.csv\s*\| edited', found
+    )
+
 
 def test_the_committed_figures_are_what_notebooks_wrote():
     assert R.audit('figures').empty, R.audit('figures').to_string()
 
+
 def test_figures_of_another_study_or_profile_are_marked(tmp_path):
     patients = SMOKE | dict(name='no-such-study', profile='study', phantom=None, data_root='data/x', figures='figures')
     said = R.overview(patients, 'config/study.yaml', R.executed(patients), R.artefacts(patients))
-    assert said.startswith('> **Tables and figures of another study (config/smoke.yaml)') and 'Not of patients, or of a small profile: table1' in said
-    nothing = patients | dict(figures=str(tmp_path)); assert not R.overview(nothing, 'config/study.yaml', R.executed(nothing), R.artefacts(nothing)).startswith('>')
+    assert (
+        said.startswith('> **Tables and figures of another study (config/smoke.yaml)')
+        and 'Not of patients, or of a small profile: table1' in said
+    )
+    nothing = patients | dict(figures=str(tmp_path))
+    assert not R.overview(nothing, 'config/study.yaml', R.executed(nothing), R.artefacts(nothing)).startswith('>')
+
 
 def test_index_of_many_runs_is_folded():
-    jobs = pd.DataFrame([dict(job=f'finetune/r{k}', path='settings.ini', notebook='04_finetune.ipynb', status='done', when='2026-01-02 03:04', wall_s=60., device='<x>') for k in range(40)] + [dict(job='tables', path='settings.ini', notebook='06_tables.ipynb', status='done', when='', wall_s=1., device='')])
+    jobs = pd.DataFrame(
+        [
+            dict(
+                job=f'finetune/r{k}',
+                path='settings.ini',
+                notebook='04_finetune.ipynb',
+                status='done',
+                when='2026-01-02 03:04',
+                wall_s=60.0,
+                device='<x>',
+            )
+            for k in range(40)
+        ]
+        + [
+            dict(
+                job='tables',
+                path='settings.ini',
+                notebook='06_tables.ipynb',
+                status='done',
+                when='',
+                wall_s=1.0,
+                device='',
+            )
+        ]
+    )
     text = R.index_html(jobs, 'nbs')
-    assert '<summary>finetune: 40 notebooks, 40 min in all</summary>' in text and text.index('>tables<') < text.index('<details>') and '<x>' not in text
+    assert (
+        '<summary>finetune: 40 notebooks, 40 min in all</summary>' in text
+        and text.index('>tables<') < text.index('<details>')
+        and '<x>' not in text
+    )

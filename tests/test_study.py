@@ -1,158 +1,308 @@
 "The whole graph, small: every table and figure from DICOM files; unchanged work is skipped; a killed study ends with the same bytes."
-import hashlib, json, os, shutil, signal, subprocess, sys, time
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, psutil, pytest, yaml
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SINGLE = dict(arch='resnet10t', pretrain='none')
-STUDY = dict(name='smoke', profile='smoke', phantom=None, data_root='data/tiny', adapter='siim', figures='figures', px=64, n_folds=3, folds=[0, 1], seeds=[0], threads=1, gpus=0,
-             finetune=dict(epochs=2, batch_size=8), table2=[SINGLE], table3=[SINGLE, SINGLE | dict(multitask=True)],
-             pretraining=dict(phantom=dict(n_patients=40, px=96, seed=4), data_root=None, adapter='siim'), moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32), inpainting=dict(epochs=1, pretrain='none', batch_size=8),
-             table4=[SINGLE, SINGLE | dict(pretrain='moco')], table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[.5], draws=[0]),
-             readiness=dict(rows=[SINGLE, SINGLE | dict(multitask=True)], splits=['image'], external=dict(phantom=dict(n_patients=30, px=96, seed=5), data_root=None, adapter='siim')))
+STUDY = dict(
+    name='smoke',
+    profile='smoke',
+    phantom=None,
+    data_root='data/tiny',
+    adapter='siim',
+    figures='figures',
+    px=64,
+    n_folds=3,
+    folds=[0, 1],
+    seeds=[0],
+    threads=1,
+    gpus=0,
+    finetune=dict(epochs=2, batch_size=8),
+    table2=[SINGLE],
+    table3=[SINGLE, SINGLE | dict(multitask=True)],
+    pretraining=dict(phantom=dict(n_patients=40, px=96, seed=4), data_root=None, adapter='siim'),
+    moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32),
+    inpainting=dict(epochs=1, pretrain='none', batch_size=8),
+    table4=[SINGLE, SINGLE | dict(pretrain='moco')],
+    table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[0.5], draws=[0]),
+    readiness=dict(
+        rows=[SINGLE, SINGLE | dict(multitask=True)],
+        splits=['image'],
+        external=dict(phantom=dict(n_patients=30, px=96, seed=5), data_root=None, adapter='siim'),
+    ),
+)
+
 
 def clone(to, like=None):
     "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
     to.mkdir()
-    for d in ('nbs', 'cxrpaper', 'config'): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock'): shutil.copy2(ROOT/f, to/f)
-    (to/'config'/'tiny.yaml').write_text(yaml.safe_dump(STUDY))
-    if like: shutil.copytree(like/'data'/'tiny', to/'data'/'tiny'); return to
+    for d in ('nbs', 'cxrpaper', 'config'):
+        shutil.copytree(ROOT / d, to / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock'):
+        shutil.copy2(ROOT / f, to / f)
+    (to / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(STUDY))
+    if like:
+        shutil.copytree(like / 'data' / 'tiny', to / 'data' / 'tiny')
+        return to
     code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
     subprocess.run([sys.executable, '-c', code], cwd=to, env=environment(to), check=True)
     return to
 
-def environment(root): return {**os.environ, 'PYTHONPATH': str(root), 'PATH': f'{BIN}:{os.environ["PATH"]}', 'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
 
-def command(*more): return [BIN/'snakemake', '--cores', '2', '--config', 'study=config/tiny.yaml', '--rerun-incomplete', '--show-failed-logs', *more]
+def environment(root):
+    return {
+        **os.environ,
+        'PYTHONPATH': str(root),
+        'PATH': f'{BIN}:{os.environ["PATH"]}',
+        'PYTHONWARNINGS': 'ignore',
+        'MPLBACKEND': 'agg',
+    }
+
+
+def command(*more):
+    return [
+        BIN / 'snakemake',
+        '--cores',
+        '2',
+        '--config',
+        'study=config/tiny.yaml',
+        '--rerun-incomplete',
+        '--show-failed-logs',
+        *more,
+    ]
+
 
 def study(root, *more):
     r = subprocess.run(command(*more), cwd=root, env=environment(root), capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
     return r.stdout + r.stderr
 
-def results(root): return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted((root/'figures').iterdir())}
+
+def results(root):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted((root / 'figures').iterdir())}
+
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    root = clone(tmp_path_factory.mktemp('whole')/'clone')
+    root = clone(tmp_path_factory.mktemp('whole') / 'clone')
     study(root)
     return root
 
+
 def test_every_table_and_figure_is_there(whole):
-    names = {f'{t}.{e}' for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8') for e in ('csv', 'md', 'tex', 'json')} | {f'figure{i}.{e}' for i in range(1, 17) for e in ('svg', 'png', 'json')} | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
+    names = (
+        {
+            f'{t}.{e}'
+            for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8')
+            for e in ('csv', 'md', 'tex', 'json')
+        }
+        | {f'figure{i}.{e}' for i in range(1, 17) for e in ('svg', 'png', 'json')}
+        | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
+    )
     assert set(results(whole)) == names
-    t = pd.read_csv(whole/'figures'/'table2.csv')
+    t = pd.read_csv(whole / 'figures' / 'table2.csv')
     assert {'row', 'metric', 'value', 'lo', 'hi', 'n', 'n_units', 'n_seeds', 'runs'} <= set(t)
     assert {'auc_macro', 'ap_macro', 'f1_macro', 'balanced_accuracy', 'study_map', 'auc_atypical'} <= set(t.metric)
-    for run in t.runs.str.split().explode().unique(): assert json.loads((whole/run/'provenance.json').read_text())['key']
+    for run in t.runs.str.split().explode().unique():
+        assert json.loads((whole / run / 'provenance.json').read_text())['key']
+
 
 def test_a_number_can_be_followed_back(whole):
     "Macro AUC of the table, recomputed with scikit-learn from the predictions that its provenance names."
-    from sklearn.metrics import roc_auc_score
     from scipy.special import softmax
-    t = pd.read_csv(whole/'figures'/'table2.csv')
+    from sklearn.metrics import roc_auc_score
+
+    t = pd.read_csv(whole / 'figures' / 'table2.csv')
     r = t[(t.metric == 'auc_macro') & t.row.str.startswith('resnet10t')].iloc[0]
-    df = pd.concat([pd.read_csv(whole/run/'predictions.csv') for run in r.runs.split()])
+    df = pd.concat([pd.read_csv(whole / run / 'predictions.csv') for run in r.runs.split()])
     df = df[df.split == 'test']
     p = softmax(df[[f'logit_{k}' for k in range(4)]].values, axis=1)
     assert len(df) == r.n and df.image.is_unique
-    assert abs(sum(roc_auc_score(df.label == k, p[:,k]) for k in range(4))/4 - r.value) < 1e-9
+    assert abs(sum(roc_auc_score(df.label == k, p[:, k]) for k in range(4)) / 4 - r.value) < 1e-9
 
-def cxr(root, command, *more): return subprocess.run([BIN/command, *more], cwd=root, env=environment(root), capture_output=True, text=True)
+
+def cxr(root, command, *more):
+    return subprocess.run([BIN / command, *more], cwd=root, env=environment(root), capture_output=True, text=True)
+
 
 def test_every_cell_leads_to_its_runs(whole):
-    said = cxr(whole, 'cxr_where', 'figures/table4.csv', '--row', 'moco', '--col', 'auc_macro', '--json'); assert said.returncode == 0, said.stderr
-    cell, = json.loads(said.stdout)
+    said = cxr(whole, 'cxr_where', 'figures/table4.csv', '--row', 'moco', '--col', 'auc_macro', '--json')
+    assert said.returncode == 0, said.stderr
+    (cell,) = json.loads(said.stdout)
     assert len(cell['runs']) == 2 and all(r['state'] == 'here' for r in cell['runs'])
     for r in cell['runs']:
-        assert {'commit', 'params', 'inputs', 'versions', 'device', 'spent'} <= set(r) and r['spent']['wall_s'] > 0 and r['spent']['sessions'] >= 1
-        assert r['params']['pretrain'] == 'moco' and (whole/r['params']['weights']).exists()
+        assert (
+            {'commit', 'params', 'inputs', 'versions', 'device', 'spent'} <= set(r)
+            and r['spent']['wall_s'] > 0
+            and r['spent']['sessions'] >= 1
+        )
+        assert r['params']['pretrain'] == 'moco' and (whole / r['params']['weights']).exists()
     assert cxr(whole, 'cxr_where', 'figures/table4.csv', '--row', 'simclr').returncode == 1
+
 
 def test_tables_are_verified(whole):
     "They come out the same; a number edited by hand is found, and so is a prediction."
     ask = ('cxr_verify', 'config/tiny.yaml', '--only', '06_tables')
-    said = cxr(whole, *ask); assert said.returncode == 0, said.stdout + said.stderr
-    table = whole/'figures'/'table2.csv'; text = table.read_text()
-    table.write_text(text.replace('0.5', '0.6', 1)); edited = cxr(whole, 'cxr_verify', 'config/tiny.yaml', '--files'); table.write_text(text)
+    said = cxr(whole, *ask)
+    assert said.returncode == 0, said.stdout + said.stderr
+    table = whole / 'figures' / 'table2.csv'
+    text = table.read_text()
+    table.write_text(text.replace('0.5', '0.6', 1))
+    edited = cxr(whole, 'cxr_verify', 'config/tiny.yaml', '--files')
+    table.write_text(text)
     assert edited.returncode == 1 and 'figures/table2.csv: edited' in edited.stdout
-    predictions = whole/'runs'/'smoke'/'finetune'/'resnet10t-none-fold0-seed0'/'predictions.csv'; before = predictions.read_text()
-    df = pd.read_csv(predictions, dtype=str); df.loc[df.split == 'test', 'logit_0'] = '3.0'; df.to_csv(predictions, index=False); changed = cxr(whole, *ask); predictions.write_text(before)
-    assert changed.returncode == 1 and 'figures/table2.csv: differs' in changed.stdout and 'table1' not in changed.stdout
+    predictions = whole / 'runs' / 'smoke' / 'finetune' / 'resnet10t-none-fold0-seed0' / 'predictions.csv'
+    before = predictions.read_text()
+    df = pd.read_csv(predictions, dtype=str)
+    df.loc[df.split == 'test', 'logit_0'] = '3.0'
+    df.to_csv(predictions, index=False)
+    changed = cxr(whole, *ask)
+    predictions.write_text(before)
+    assert (
+        changed.returncode == 1 and 'figures/table2.csv: differs' in changed.stdout and 'table1' not in changed.stdout
+    )
+
 
 def test_nothing_is_done_twice(whole):
-    before = {f: f.stat().st_mtime_ns for f in (whole/'figures').iterdir()}
+    before = {f: f.stat().st_mtime_ns for f in (whole / 'figures').iterdir()}
     t0 = time.time()
     assert 'Nothing to be done' in study(whole)
     assert time.time() - t0 < 30
-    assert before == {f: f.stat().st_mtime_ns for f in (whole/'figures').iterdir()}
+    assert before == {f: f.stat().st_mtime_ns for f in (whole / 'figures').iterdir()}
+
 
 def test_a_changed_parameter_reruns_what_depends_on_it(whole):
-    f = whole/'config'/'tiny.yaml'; text = f.read_text()
+    f = whole / 'config' / 'tiny.yaml'
+    text = f.read_text()
     try:
         f.write_text(yaml.safe_dump(STUDY | dict(finetune=dict(epochs=3, batch_size=8))))
         plan = study(whole, '--dry-run')
-    finally: f.write_text(text)
-    jobs = plan[plan.index('Job stats:'):].split('\n\n')[0]
+    finally:
+        f.write_text(text)
+    jobs = plan[plan.index('Job stats:') :].split('\n\n')[0]
     assert 'finetune' in jobs and 'tables' in jobs and 'store' not in jobs and 'phantom' not in jobs
+
 
 def seen(root, what):
     "Is there a file, not empty, that matches?"
-    try: return any(f.stat().st_size for f in root.glob(what))
-    except FileNotFoundError: return False # gone again
+    try:
+        return any(f.stat().st_size for f in root.glob(what))
+    except FileNotFoundError:
+        return False  # gone again
+
 
 def kill_all(p):
-    others = psutil.Process(p.pid).children(recursive=True) # kernels have sessions of their own
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    others = psutil.Process(p.pid).children(recursive=True)  # kernels have sessions of their own
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
     for o in others:
-        try: o.kill()
-        except psutil.NoSuchProcess: pass
+        try:
+            o.kill()
+        except psutil.NoSuchProcess:
+            pass
+
 
 def kill(root, moment, seconds=300):
     "Start the study; kill all of its processes as soon as a file matches `moment`."
-    p = subprocess.Popen(command(), cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    p = subprocess.Popen(
+        command(),
+        cwd=root,
+        env=environment(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     end = time.time() + seconds
     while not seen(root, moment):
         assert p.poll() is None and time.time() < end, f'{moment} was not seen'
-        time.sleep(.02)
+        time.sleep(0.02)
     kill_all(p)
     subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
+
 
 def again(root, whole, without):
     "A clone in which the study is finished but for what `without` names."
     clone(root, whole)
-    for d in ('runs', 'data', '.snakemake'): shutil.copytree(whole/d, root/d, dirs_exist_ok=True)
+    for d in ('runs', 'data', '.snakemake'):
+        shutil.copytree(whole / d, root / d, dirs_exist_ok=True)
     for pattern in without:
-        found = list(root.glob(pattern)); assert found, pattern
-        for f in found: shutil.rmtree(f) if f.is_dir() else f.unlink()
+        found = list(root.glob(pattern))
+        assert found, pattern
+        for f in found:
+            shutil.rmtree(f) if f.is_dir() else f.unlink()
     return root
+
 
 def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
     "Killed while radiographs are decoded, and between a model's training and its predictions."
-    gone = ['data/stores/*', 'runs/smoke/finetune/resnet10t-none-fold0-seed0', 'runs/smoke/finetune/*multitask*-fold1-seed0', 'runs/smoke/moco', 'runs/smoke/readiness*',
-            *(f'runs/smoke/{k}.ipynb' for k in ('tables', 'figures', 'diagram', 'representations', 'scorecard', 'evaluation', 'reports', 'results'))]
-    root = again(tmp_path/'clone', whole, gone)
+    gone = [
+        'data/stores/*',
+        'runs/smoke/finetune/resnet10t-none-fold0-seed0',
+        'runs/smoke/finetune/*multitask*-fold1-seed0',
+        'runs/smoke/moco',
+        'runs/smoke/readiness*',
+        *(
+            f'runs/smoke/{k}.ipynb'
+            for k in (
+                'tables',
+                'figures',
+                'diagram',
+                'representations',
+                'scorecard',
+                'evaluation',
+                'reports',
+                'results',
+            )
+        ),
+    ]
+    root = again(tmp_path / 'clone', whole, gone)
     kill(root, 'data/stores/building-*/journal')
     assert not list(root.glob('data/stores/*/store.json')), 'killed too late'
     kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt')
-    assert not (root/'runs'/'smoke'/'readiness.ipynb').exists() and not (root/'figures').exists(), 'killed too late to show anything'
+    assert not (root / 'runs' / 'smoke' / 'readiness.ipynb').exists() and not (root / 'figures').exists(), (
+        'killed too late to show anything'
+    )
     study(root)
     assert results(root) == results(whole)
 
+
 def test_killed_at_random_moments(whole, tmp_path, kills):
     "`make paper` from nothing, killed at random moments, each time with all that it has started."
-    if not kills: pytest.skip('takes as long as the study: pytest --kills 10 tests/test_study.py')
-    root,draw = clone(tmp_path/'clone', whole),np.random.default_rng(int(time.time()))
-    for d in ('.venv', '.uv'): (root/d).symlink_to(ROOT/d)
+    if not kills:
+        pytest.skip('takes as long as the study: pytest --kills 10 tests/test_study.py')
+    root, draw = clone(tmp_path / 'clone', whole), np.random.default_rng(int(time.time()))
+    for d in ('.venv', '.uv'):
+        (root / d).symlink_to(ROOT / d)
     make = ['make', 'paper', 'PROFILE=tiny', 'CORES=2']
-    jobs = lambda: len(list(root.glob('runs/smoke/**/*.ipynb'))) # those that reached their end
+    jobs = lambda: len(list(root.glob('runs/smoke/**/*.ipynb')))  # those that reached their end
     for after in np.sort(draw.integers(0, len(list(whole.glob('runs/smoke/**/*.ipynb'))) - 1, kills)):
-        with open(root/'killed.log', 'a') as log: p = subprocess.Popen(make, cwd=root, env=environment(root), stdout=log, stderr=log, start_new_session=True)
-        while jobs() < after: assert p.poll() is None, (root/'killed.log').read_text()[-3000:]; time.sleep(.05)
-        time.sleep(seconds := draw.uniform(0, 30)); assert p.poll() is None, 'finished before it was killed'
-        kill_all(p); print(f'killed {seconds:.0f} s after {after} jobs or more: {jobs()} jobs and {len(list(root.glob("figures/*")))} files in figures/ are there', flush=True)
+        with open(root / 'killed.log', 'a') as log:
+            p = subprocess.Popen(make, cwd=root, env=environment(root), stdout=log, stderr=log, start_new_session=True)
+        while jobs() < after:
+            assert p.poll() is None, (root / 'killed.log').read_text()[-3000:]
+            time.sleep(0.05)
+        time.sleep(seconds := draw.uniform(0, 30))
+        assert p.poll() is None, 'finished before it was killed'
+        kill_all(p)
+        print(
+            f'killed {seconds:.0f} s after {after} jobs or more: {jobs()} jobs and {len(list(root.glob("figures/*")))} files in figures/ are there',
+            flush=True,
+        )
     r = subprocess.run(make, cwd=root, env=environment(root), capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
     assert results(root) == results(whole)
