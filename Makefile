@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MPLBACKEND := agg
 export PYTHONWARNINGS := ignore
 export UV_HTTP_TIMEOUT := 300
-# where it is set, every process compiles PyTorch and the rest from source: cxrpaper.finetune then takes 22 s of CPU to import instead of 9
+# where it is set, every process compiles PyTorch and the rest from source: cxrpaper.training.finetune then takes 22 s of CPU to import instead of 9
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help paper plan measure verify test lab readme lock bench clean

@@ -1,10 +1,9 @@
 # The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
 # It runs again when its parameters change, or the code of its notebook or modules (prose and times of files do not count), or what other jobs gave it.
-import functools, json, shlex
-from pathlib import Path
+import functools, shlex
 from snakemake.exceptions import WorkflowError
-from cxrpaper.runs import code_digest, digest
+from cxrpaper.runs import digest, job_digest, notebook_of, project_root
 from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
 STUDY = config.get('study', 'config/smoke.yaml')
@@ -16,7 +15,7 @@ DATA = {k: study[k] for k in ('data_root', 'adapter')}
 DECODING = max(2, study['threads']) # processes that decode
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
-PRETRAINING = dict(moco='nbs/03_moco.ipynb', inpainting='nbs/03_inpainting.ipynb')
+PRETRAINING = dict(moco='training.moco', inpainting='training.inpainting')
 EVALUATED = evaluated_rows(study) # the first of them in depth
 PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining'], external=EVALUATED and study['readiness']['external']).items() if v and v['phantom'] is not None} # further ones
 def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []
@@ -48,10 +47,8 @@ onstart:
         raise WorkflowError(f"{STUDY} takes {study['gpus']} GPU a training and this machine has {gpus.value}. "
                             "Run it on a machine with a GPU or on a cluster (make paper EXECUTOR=slurm), or set gpus: 0 there to train on the CPU.")
 
-@functools.cache
-def code(module): # of the notebook and of the modules it is made of; a parameter, since inputs are compared by their times and whole text
-    nb, = Path('nbs').glob(f'??_{module}.ipynb')
-    return digest([code_digest(module), [c['source'] for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'code']])
+code = functools.cache(job_digest) # of a notebook's own cells and of what its module is made of; a parameter, since inputs are compared by their times and whole text
+def page(module): return ancient(notebook_of(module).relative_to(project_root()).as_posix()) # the notebook that exports it
 
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 
@@ -62,7 +59,7 @@ rule all:
 
 if PHANTOM:
     rule phantom:
-        input: nb=ancient('nbs/appendix/data/phantom.ipynb')
+        input: nb=page('data.phantom')
         output: f'{RUNS}/phantom.ipynb'
         params: code=code('data.phantom'), y=yaml_for(**(study['phantom'] or {}), out=study['data_root'])
         log: f'{RUNS}/logs/phantom.log'
@@ -70,7 +67,7 @@ if PHANTOM:
         shell: CPU
 
 rule cohort:
-    input: nb=ancient('nbs/01_data.ipynb'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
+    input: nb=page('data.cohort'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
     params: code=code('data.cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
@@ -78,7 +75,7 @@ rule cohort:
     shell: CPU
 
 rule store:
-    input: nb=ancient('nbs/appendix/data/store.ipynb'), data=f'{RUNS}/cohort.ipynb'
+    input: nb=page('data.store'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/store.ipynb'
     params: code=code('data.store'), y=yaml_for(**DATA, px=study['px'], workers=DECODING)
     log: f'{RUNS}/logs/store.log'
@@ -86,7 +83,7 @@ rule store:
     shell: CPU
 
 rule baselines:
-    input: nb=ancient('nbs/appendix/evaluation/baselines.ipynb'), data=f'{RUNS}/cohort.ipynb'
+    input: nb=page('evaluation.baselines'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/baselines.ipynb'
     params: code=code('evaluation.baselines'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/baselines')
     log: f'{RUNS}/logs/baselines.log'
@@ -94,7 +91,7 @@ rule baselines:
 
 if PHANTOMS:
     rule further_phantom:
-        input: nb=ancient('nbs/appendix/data/phantom.ipynb')
+        input: nb=page('data.phantom')
         output: f'{RUNS}/{{which}}_phantom.ipynb'
         wildcard_constraints: which='|'.join(PHANTOMS)
         params: code=code('data.phantom'), y=lambda w: yaml_for(**PHANTOMS[w.which]['phantom'], out=PHANTOMS[w.which]['data_root'])
@@ -102,10 +99,10 @@ if PHANTOMS:
         shell: CPU
 
 rule pretrain:
-    input: nb=lambda w: ancient(PRETRAINING[w.method]), data=[f'{RUNS}/store.ipynb'] + made('pretraining')
+    input: nb=lambda w: page(PRETRAINING[w.method]), data=[f'{RUNS}/store.ipynb'] + made('pretraining')
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
     wildcard_constraints: method='|'.join(PRETRAINING)
-    params: code=lambda w: code(w.method), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
+    params: code=lambda w: code(PRETRAINING[w.method]), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
     log: f'{RUNS}/logs/{{method}}/{{arch}}.log'
     threads: study['threads']
     resources: **COST
@@ -114,7 +111,7 @@ rule pretrain:
 
 # the models of the grid, in finetune/ those of Tables 2 to 4, in labels/ those of Table 6
 rule finetune:
-    input: nb=ancient('nbs/04_finetune.ipynb'), data=f'{RUNS}/store.ipynb',
+    input: nb=page('training.finetune'), data=f'{RUNS}/store.ipynb',
            weights=lambda w: [f'{f}/pretraining.ipynb' for f in [MODELS[f'{RUNS}/{w.kind}/{w.name}'].get('weights')] if f]
     output: f'{RUNS}/{{kind}}/{{name}}/04_finetune.ipynb'
     wildcard_constraints: kind='finetune|labels'
@@ -126,7 +123,7 @@ rule finetune:
     shell: GPU.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb=ancient('nbs/06_tables.ipynb'), study=STUDY, reported='config/reported.csv',
+    input: nb=page('paper.tables'), study=STUDY, reported='config/reported.csv',
            baselines=f'{RUNS}/baselines.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
     params: code=code('paper.tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
@@ -134,7 +131,7 @@ rule tables:
     shell: CPU
 
 rule figures:
-    input: nb=ancient('nbs/07_figures.ipynb'),
+    input: nb=page('paper.figures'),
            study=STUDY, baselines=f'{RUNS}/baselines.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/figures.ipynb'
     params: code=code('paper.figures'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
@@ -143,7 +140,7 @@ rule figures:
 
 if PRETRAINED:
     rule representations:
-        input: nb=ancient('nbs/appendix/paper/representations.ipynb'),
+        input: nb=page('paper.representations'),
                study=STUDY, models=[f'{m}/pretraining.ipynb' for m in PRETRAINED]
         output: f'{RUNS}/representations.ipynb'
         params: code=code('paper.representations'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
@@ -152,46 +149,32 @@ if PRETRAINED:
 
 if EVALUATED:
     rule readiness:
-        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, baselines=f'{RUNS}/baselines.ipynb', external=made('external'),
+        input: nb=page('questions.readiness'), study=STUDY, reported='config/reported.csv', baselines=f'{RUNS}/baselines.ipynb', external=made('external'),
                models=[f'{m}/04_finetune.ipynb' for row in [*EVALUATED, *leaking_rows(study).values()] for m in row_runs(study, row)]
         output: f'{RUNS}/readiness.ipynb'
-        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, missing='error')
+        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/readiness.log'
         threads: study['threads']
         resources: **COST
         retries: 2
         shell: GPU
 
-    rule scorecard:
-        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, reported='config/reported.csv', data=f'{RUNS}/readiness.ipynb'
-        output: f'{RUNS}/scorecard.ipynb'
-        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
-        log: f'{RUNS}/logs/scorecard.log'
-        shell: CPU
-
-    rule evaluation:
-        input: nb=ancient('nbs/08_readiness.ipynb'), study=STUDY, data=f'{RUNS}/readiness.ipynb'
-        output: f'{RUNS}/evaluation.ipynb'
-        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
-        log: f'{RUNS}/logs/evaluation.log'
-        shell: CPU
-
     rule reports: # last, since what they point at must be there
-        input: nb=ancient('nbs/appendix/paper/reports.ipynb'), study=STUDY, data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'scorecard', 'evaluation')]
+        input: nb=page('paper.reports'), study=STUDY, data=[f'{RUNS}/{k}.ipynb' for k in ('tables', 'figures', 'readiness')]
         output: f'{RUNS}/reports.ipynb'
         params: code=code('paper.reports'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/reports.log'
         shell: CPU
 
 rule diagram:
-    input: nb=ancient('nbs/appendix/paper/diagram.ipynb'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
+    input: nb=page('paper.diagram'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/diagram.ipynb'
-    params: code=[code(m) for m in ('diagram', 'moco', 'inpainting', 'finetune')], y=yaml_for(study=STUDY, out=study['figures'], missing='error') # it shows the defaults of three notebooks
+    params: code=[code(m) for m in ('paper.diagram', *PRETRAINING.values(), 'training.finetune')], y=yaml_for(study=STUDY, out=study['figures'], missing='error') # it shows the defaults of three notebooks
     log: f'{RUNS}/logs/diagram.log'
     shell: CPU
 
 rule results: # the page that shows them all, when all are there
-    input: nb=ancient('nbs/appendix/paper/provenance.ipynb'), study=STUDY, data=PAGES
+    input: nb=page('paper.provenance'), study=STUDY, data=PAGES
     output: f'{RUNS}/results.ipynb'
     params: code=code('paper.provenance'), y=yaml_for(study=STUDY, at=RUNS)
     log: f'{RUNS}/logs/results.log'
@@ -199,7 +182,7 @@ rule results: # the page that shows them all, when all are there
 
 # by hand, before anything else: `snakemake runs/study/data.ipynb --config study=config/study.yaml` holds the copy at data_root against what is published (01_download tells how to get it)
 rule data:
-    input: nb=ancient('nbs/appendix/data/download.ipynb')
+    input: nb=page('data.download')
     output: f'{RUNS}/data.ipynb'
     params: code=code('data.download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
     log: f'{RUNS}/logs/data.log'
@@ -207,7 +190,7 @@ rule data:
 
 # by hand, on the machine that a plan is made for: `make measure` times every kind of training of the study (04_costs)
 rule costs:
-    input: nb=ancient('nbs/appendix/training/throughput.ipynb')
+    input: nb=page('training.throughput')
     output: f'{RUNS}/costs.ipynb'
     params: code=code('training.throughput'), y=yaml_for(study=STUDY, measure=True)
     log: f'{RUNS}/logs/costs.log'

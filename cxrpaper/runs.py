@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['InputError', 'project_root', 'resolve', 'show_path', 'choice', 'integer', 'number', 'flag', 'text', 'optional',
-           'parameters', 'rng', 'torch_generator', 'digest', 'file_digest', 'atomic', 'commit_folder', 'atomic_dir',
-           'write_json', 'write_csv', 'provenance', 'module_file', 'notebook_of', 'code_text', 'code_parts',
-           'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter', 'Run', 'begin', 'finish', 'load_run']
+           'as_parameters', 'parameters', 'rng', 'torch_generator', 'digest', 'file_digest', 'atomic', 'commit_folder',
+           'atomic_dir', 'write_json', 'write_csv', 'provenance', 'module_file', 'notebook_of', 'code_text',
+           'code_parts', 'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter', 'Run', 'begin', 'finish',
+           'load_run']
 
 # %% ../nbs/appendix/machine/runs.ipynb #83880a0f
 import ast
@@ -29,9 +30,9 @@ try:
 except ImportError:
     resource = None  # Windows
 from contextlib import contextmanager
+from dataclasses import is_dataclass, make_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -85,22 +86,24 @@ def show_path(path: str | Path) -> str:
     return str(path)
 
 # %% ../nbs/appendix/machine/runs.ipynb #714aa723
-def _rule(wants, ok, convert=lambda v: v):
-    "A rule: `wants` in words, `ok(value)` the test, `convert` what is handed on."
+def _rule(wants, ok, type_, convert=lambda v: v):
+    "A rule: `wants` in words, `ok(value)` the test, the type of an accepted value, `convert` what is handed on."
 
     def check(value):
         if not ok(value):
             raise ValueError(wants)
         return convert(value)
 
-    check.wants = wants
+    check.wants, check.type = wants, type_
     return check
 
 # %% ../nbs/appendix/machine/runs.ipynb #ef84dbe6
 def choice(*options):  # the allowed values
     "One of `options`."
     return _rule(
-        'one of ' + ', '.join(map(repr, options)), lambda v: any(v == o and type(v) is type(o) for o in options)
+        'one of ' + ', '.join(map(repr, options)),
+        lambda v: any(v == o and type(v) is type(o) for o in options),
+        type(options[0]),
     )
 
 
@@ -110,29 +113,29 @@ def _is_int(v):
 
 def integer(lo: int, hi: int):  # inclusive range
     "A whole number in [`lo`, `hi`]."
-    return _rule(f'a whole number from {lo} to {hi}', lambda v: _is_int(v) and lo <= v <= hi)
+    return _rule(f'a whole number from {lo} to {hi}', lambda v: _is_int(v) and lo <= v <= hi, int)
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #1e28abba
 def number(lo: float, hi: float):  # inclusive range
     "A number in [`lo`, `hi`], handed on as float."
-    return _rule(f'a number from {lo} to {hi}', lambda v: (_is_int(v) or isinstance(v, float)) and lo <= v <= hi, float)
+    ok = lambda v: (_is_int(v) or isinstance(v, float)) and lo <= v <= hi
+    return _rule(f'a number from {lo} to {hi}', ok, float, float)
 
 
 def flag():
     "True or False."
-    return _rule('True or False', lambda v: isinstance(v, bool))
+    return _rule('True or False', lambda v: isinstance(v, bool), bool)
 
 
 def text():
     "A text that is not empty."
-    return _rule('a text that is not empty', lambda v: isinstance(v, str) and v != '')
+    return _rule('a text that is not empty', lambda v: isinstance(v, str) and v != '', str)
 
 # %% ../nbs/appendix/machine/runs.ipynb #5f4e1fa4
 def optional(rule):  # the rule of a value that is given
     "None, or what `rule` accepts."
-    return _rule(
-        f'None or {rule.wants}', lambda v: v is None or _accepts(rule, v), lambda v: v if v is None else rule(v)
-    )
+    ok = lambda v: v is None or _accepts(rule, v)
+    return _rule(f'None or {rule.wants}', ok, rule.type, lambda v: v if v is None else rule(v))
 
 
 def _accepts(rule, value):
@@ -158,13 +161,26 @@ def _injected(
             }
     return set()
 
+# %% ../nbs/appendix/machine/runs.ipynb #e6b741ed
+def as_parameters(
+    values: dict,  # name -> value
+    types: dict = None,  # name -> type, for those who read them
+):  # a frozen dataclass
+    "Values as a frozen dataclass, as those of a finished run; `dataclasses.replace` makes one with other values."
+    fields = [(k, (types or {}).get(k, object)) for k in values]
+    own = {
+        '__reduce__': lambda self: (as_parameters, (dict(vars(self)), types)),
+        '__eq__': lambda self, other: is_dataclass(other) and vars(self) == vars(other),
+    }
+    return make_dataclass('Parameters', fields, frozen=True, eq=False, namespace=own)(**values)
+
 # %% ../nbs/appendix/machine/runs.ipynb #d23e68d4
 def parameters(
     ns: dict,  # globals() of the notebook
-    defaults: dict = None,  # {'smoke': {...}, 'study': {...}}: values that a parameter left at None takes from its profile
+    defaults: dict = None,  # {'smoke': {...}, ...}: what a parameter left at None takes from its profile
     **rules,  # name = rule, for every name in the parameters cell
-) -> SimpleNamespace:  # the checked values
-    "Check a notebook's parameters before any work: unknown names, wrong types, unknown choices and values out of range raise InputError."
+):  # a frozen dataclass: names are attributes, typed, and cannot be changed or misspelt
+    "The checked parameters of a notebook, before any work: unknown names, wrong types and values raise InputError."
     if unknown := _injected(ns) - set(rules):
         raise InputError(
             f'unknown parameter{"s" * (len(unknown) > 1)} {", ".join(sorted(unknown))}',
@@ -175,7 +191,8 @@ def parameters(
     values = {k: ns[k] for k in rules}
     profile = (defaults or {}).get(values.get('profile'), {})
     values |= {k: v for k, v in profile.items() if k in rules and values[k] is None}
-    return SimpleNamespace(**{k: _check(k, values[k], rule) for k, rule in rules.items()})
+    checked = {k: _check(k, values[k], rule) for k, rule in rules.items()}
+    return as_parameters(checked, {k: rule.type for k, rule in rules.items()})
 
 # %% ../nbs/appendix/machine/runs.ipynb #3bff24d6
 def _check(name, value, rule):
@@ -232,7 +249,7 @@ def _canonical(o):
         return {str(k): _canonical(o[k]) for k in sorted(o, key=str)}
     if isinstance(o, (list, tuple)):
         return [_canonical(v) for v in o]
-    if isinstance(o, SimpleNamespace):
+    if is_dataclass(o):
         return _canonical(vars(o))
     if isinstance(o, pd.DataFrame):
         return o.to_csv(index=False, lineterminator='\n')

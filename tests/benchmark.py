@@ -1,8 +1,6 @@
 "Throughput of decoding, batches and training: `make bench`. Ratios are measured interleaved, with their spread; absolute figures belong to the machine."
 
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch

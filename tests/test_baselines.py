@@ -10,7 +10,7 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from cxrpaper.evaluation.baselines import BASELINES, baseline_features, baseline_model, baseline_predictions
-from cxrpaper.evaluation.metrics import COLUMNS, bootstrap, point_metrics, probabilities
+from cxrpaper.evaluation.metrics import COLUMNS, Resampling, bootstrap, point_metrics, probabilities
 from cxrpaper.runs import InputError, project_root
 from cxrpaper.schema import CLASSES, LOGITS
 
@@ -155,7 +155,9 @@ def test_a_planted_shortcut_is_found_by_the_baseline_that_sees_it(kind, plant):
     )
     blind = 'size' if kind == 'view' else 'view'
     got = {
-        k: bootstrap(baseline_predictions(planted, folds_of(planted), k), 300, metrics=['auc_macro']).iloc[0]
+        k: bootstrap(baseline_predictions(planted, folds_of(planted), k), Resampling(300), metrics=['auc_macro']).iloc[
+            0
+        ]
         for k in (kind, blind)
     }
     assert got[kind].lo > 0.54 and got[blind].value < 0.545, {k: v.value for k, v in got.items()}

@@ -26,7 +26,7 @@ from cxrpaper.data.folds import (
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import HEADINGS, organisers_rule, parse_boxes, parse_label, read_cohort, read_siim
 from cxrpaper.runs import InputError, project_root
-from cxrpaper.schema import CLASSES, COLUMNS
+from cxrpaper.schema import COLUMNS
 
 REAL = project_root().parent / 'shared' / 'data'
 TABLES, CXR = REAL / 'siim_tables', REAL / 'real_cxr'
@@ -300,7 +300,7 @@ def test_phantom_with_a_planted_leak(tmp_path):
     assert copies and copies <= pairs
     where = dict(zip(c.images.image, range(len(c.images))))
     folds = np.zeros(len(c.images), int)
-    for i, of in copies:
+    for i, _of in copies:
         folds[where[i]] = 1
     folds = (
         pd.Series(folds).groupby(c.images.patient).transform('max').values

@@ -19,7 +19,14 @@ from cxrpaper.evaluation.comparisons import (
     simulate_models,
     smallest_difference,
 )
-from cxrpaper.evaluation.metrics import bootstrap_difference, delong_test, point_metrics, probabilities, resampled_units
+from cxrpaper.evaluation.metrics import (
+    Resampling,
+    bootstrap_difference,
+    delong_test,
+    point_metrics,
+    probabilities,
+    resampled_units,
+)
 from cxrpaper.runs import InputError
 from cxrpaper.schema import LOGITS
 
@@ -104,7 +111,7 @@ def test_auc_difference_is_a_plain_loop():
 
 def test_auc_difference_is_bootstrap_difference_of_frames():
     a, b = simulate_models(80, 1, 2.0, gain=0.4)
-    want = bootstrap_difference(a, b, 100, seed=5, unit='patient', metrics=['auc_typical']).iloc[0]
+    want = bootstrap_difference(a, b, Resampling(100, 5, unit='patient'), metrics=['auc_typical']).iloc[0]
     p = [probabilities(f.sort_values('image'))[:, 1] for f in (a, b)]
     f = a.sort_values('image')
     got = auc_difference(f.label == 1, *p, f.patient, 100, seed=5)
@@ -306,21 +313,23 @@ def test_smallest_difference_is_the_textbook_factor_and_the_bootstraps_error():
     for power, factor in ((0.5, 1.95996), (0.8, 2.80159), (0.9, 3.24152)):
         assert smallest_difference(0.01, power=power)['smallest'] == pytest.approx(0.01 * factor, rel=1e-4)
     a, b = simulate_models(100, 2, 2.0)
-    r = smallest_difference(a, b, n_boot=600)
+    r = smallest_difference(a, b, how=Resampling(600))
     pairs = [simulate_models(100, 100 + s, 2.0) for s in range(200)]
     own = [
         point_metrics(x.label, probabilities(x))['auc_macro'] - point_metrics(y.label, probabilities(y))['auc_macro']
         for x, y in pairs
     ]
-    errors = np.array([smallest_difference(*p, n_boot=150)['se'] for p in pairs[:20]])
+    errors = np.array([smallest_difference(*p, how=Resampling(150))['se'] for p in pairs[:20]])
     assert abs(errors.mean() / np.std(own) - 1) < 0.2, 'right on average'
     assert errors.max() > 1.2 * errors.min(), 'but one test set gives a rough figure: the rarest class has few patients'
-    assert r['difference'] == pytest.approx(bootstrap_difference(a, b, 10, metrics=['auc_macro']).difference[0])
-    assert smallest_difference(a, b, n_boot=300, unit='image')['smallest'] < 0.9 * r['smallest'], (
+    assert r['difference'] == pytest.approx(
+        bootstrap_difference(a, b, Resampling(10), metrics=['auc_macro']).difference[0]
+    )
+    assert smallest_difference(a, b, how=Resampling(300, unit='image'))['smallest'] < 0.9 * r['smallest'], (
         'images as independent promise too much'
     )
-    assert smallest_difference(a, a, n_boot=20)['smallest'] == 0
-    assert smallest_difference(a, b, n_boot=600, level=0.8)['se'] == pytest.approx(r['se'], rel=0.15), (
+    assert smallest_difference(a, a, how=Resampling(20))['smallest'] == 0
+    assert smallest_difference(a, b, how=Resampling(600, level=0.8))['se'] == pytest.approx(r['se'], rel=0.15), (
         'whatever the level of the interval that it is read from'
     )
     for bad in (dict(power=0.3), dict(alpha=0), dict(power=1)):

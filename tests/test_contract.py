@@ -14,9 +14,16 @@ from readme import readme_text
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-RUNNABLE = sorted(set(re.findall(r"nbs/(\w+\.ipynb)", (ROOT / 'Snakefile').read_text())))
-ids = lambda o: Path(o).name
+NBS = ROOT / 'nbs'
+NOTEBOOKS = sorted(f for f in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
+# a wing imports lower ones only; those of one number do not import each other
+WINGS = dict(schema=0, runs=0, study=1, data=1, models=1, evaluation=2, training=3, questions=4, paper=5)
+MODULES = sorted(
+    f.relative_to(ROOT / 'cxrpaper').with_suffix('').as_posix().replace('/', '.')
+    for f in (ROOT / 'cxrpaper').rglob('*.py')
+    if f.name not in ('__init__.py', '_modidx.py')
+)
+ids = lambda o: Path(o).relative_to(NBS).as_posix() if isinstance(o, Path) else o
 
 
 def cells(nb, kind='code'):
@@ -29,6 +36,11 @@ def source(c):
 
 def tagged(nb):
     return [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+
+
+RUNNABLE = [
+    f for f in NOTEBOOKS if 'parameters(globals()' in ''.join(map(source, cells(json.loads(f.read_text()))))
+]  # runs.ipynb shows one
 
 
 @pytest.fixture(scope='module')
@@ -46,12 +58,14 @@ def copy(tmp_path_factory):
 
 
 def test_notebooks_are_clean(copy):
-    dirty = [f.name for f in NOTEBOOKS if (copy / 'nbs' / f.name).read_bytes() != f.read_bytes()]
+    dirty = [ids(f) for f in NOTEBOOKS if (copy / 'nbs' / ids(f)).read_bytes() != f.read_bytes()]
     assert not dirty, f'run nbdev_clean: {dirty}'
 
 
 def test_export_equals_the_library(copy):
-    made, have = ({f.name: f.read_text() for f in (d / 'cxrpaper').glob('*.py')} for d in (copy, ROOT))
+    made, have = (
+        {f.relative_to(d).as_posix(): f.read_text() for f in (d / 'cxrpaper').rglob('*.py')} for d in (copy, ROOT)
+    )
     assert set(made) == set(have)
     assert not [k for k in made if made[k] != have[k]], 'run nbdev_export'
 
@@ -59,7 +73,7 @@ def test_export_equals_the_library(copy):
 def test_a_changed_cell_is_noticed(copy, tmp_path):
     d = tmp_path / 'changed'
     shutil.copytree(copy, d)
-    f = d / 'nbs' / '00_runs.ipynb'
+    f = d / 'nbs' / 'appendix' / 'machine' / 'runs.ipynb'
     nb = json.loads(f.read_text())
     cell = next(c for c in cells(nb) if source(c).startswith('#| export\nclass InputError'))
     cell['source'] = source(cell) + '\n# changed'
@@ -83,14 +97,14 @@ def test_notebook(path):
         )
 
 
-@pytest.mark.parametrize('name', RUNNABLE)
-def test_runnable_notebook_has_one_parameters_cell(name, copy):
-    "Exactly one, still tagged after nbdev_clean; all scalars, profile first; the next cell with code checks just these names."
-    nb = json.loads((copy / 'nbs' / name).read_text())
+@pytest.mark.parametrize('path', RUNNABLE, ids=ids)
+def test_runnable_notebook_has_one_parameters_cell(path, copy):
+    "Exactly one, still tagged after nbdev_clean; all scalars with their types, profile first; one call checks just these names."
+    nb = json.loads((copy / 'nbs' / ids(path)).read_text())
     (cell,) = tagged(nb)
     body = ast.parse(source(cell)).body
-    assert all(isinstance(s, ast.Assign) and isinstance(s.value, (ast.Constant, ast.UnaryOp)) for s in body)
-    names = [s.targets[0].id for s in body]
+    assert all(isinstance(s, ast.AnnAssign) and isinstance(s.value, (ast.Constant, ast.UnaryOp)) for s in body)
+    names = [s.target.id for s in body]
     assert names[0] == 'profile' and ast.literal_eval(body[0].value) == 'smoke'
     calls = [
         n
@@ -108,8 +122,8 @@ def test_runnable_notebook_has_one_parameters_cell(name, copy):
 
 def test_other_notebooks_have_no_parameters_cell():
     for f in NOTEBOOKS:
-        if f.name not in RUNNABLE:
-            assert not tagged(json.loads(f.read_text())), f.name
+        if f not in RUNNABLE:
+            assert not tagged(json.loads(f.read_text())), ids(f)
 
 
 def test_without_the_setting_the_tag_is_lost(tmp_path):
@@ -121,70 +135,71 @@ def test_without_the_setting_the_tag_is_lost(tmp_path):
     assert settings['DEFAULT'].pop('allowed_cell_metadata_keys') == 'tags'
     with open(tmp_path / 'settings.ini', 'w') as f:
         settings.write(f)
-    shutil.copy(ROOT / 'nbs' / RUNNABLE[0], tmp_path / 'nbs')
+    shutil.copy(RUNNABLE[0], tmp_path / 'nbs')
     subprocess.run([BIN / 'nbdev_clean'], cwd=tmp_path, check=True, capture_output=True)
-    assert not tagged(json.loads((tmp_path / 'nbs' / RUNNABLE[0]).read_text()))
+    assert not tagged(json.loads((tmp_path / 'nbs' / RUNNABLE[0].name).read_text()))
 
 
 def test_readme_is_what_the_index_gives():
     assert (ROOT / 'README.md').read_text() == readme_text(), 'run `make readme`'
 
 
-def test_modules_import_earlier_ones_only():
-    order = {
-        json.loads(f.read_text())['cells'] and m: i
-        for i, f in enumerate(NOTEBOOKS)
-        for m in re.findall(r'#\| default_exp (\w+)', '\n'.join(source(c) for c in cells(json.loads(f.read_text()))))
-    }
-    rank = {
-        m: i
-        for i, m in enumerate(
-            [
-                'runs',
-                'study',
-                'dicom',
-                'phantom',
-                'cohort',
-                'download',
-                'store',
-                'models',
-                'multitask',
-                'augment',
-                'training',
-                'metrics',
-                'segmentation',
-                'comparisons',
-                'calibration',
-                'decisions',
-                'baselines',
-                'corpora',
-                'probes',
-                'pretraining',
-                'moco',
-                'inpainting',
-                'finetune',
-                'costs',
-                'predictions',
-                'shortcuts',
-                'saliency',
-                'subgroups',
-                'robustness',
-                'difficulty',
-                'readiness',
-                'reported',
-                'tables',
-                'scorecard',
-                'reports',
-                'figures',
-                'diagram',
-                'evaluation',
-                'representations',
-                'results',
-                'lineage',
-            ]
-        )
-    }
-    assert set(rank) == set(order), 'a module is missing from the order of the data flow'
-    for m in rank:
-        for o in re.findall(r'(?m)^\s*from (?:cxrpaper)?\.(\w+) import', (ROOT / 'cxrpaper' / f'{m}.py').read_text()):
-            assert rank[o] < rank[m] or o == m or m == 'runs', f'{m} imports {o}'
+def test_papermill_tells_the_types():
+    "`papermill --help-notebook`: what a person reads before the first run."
+    said = subprocess.run(
+        [BIN / 'papermill', '--help-notebook', NBS / '04_finetune.ipynb'], capture_output=True, text=True, check=True
+    ).stdout
+    assert 'px: int' in said and 'multitask: bool' in said and 'lr: float' in said and 'Unknown type' not in said
+
+
+def wing(module):
+    return module.split('.')[0]
+
+
+def imported(module, file):
+    "The modules of this package that a file imports anywhere, relatively or not; as the digests see them."
+    from cxrpaper.runs import _package_imports
+
+    return {m for m, _ in _package_imports(ast.parse(file.read_text()), module).values()} - {module}
+
+
+def faults(imports):
+    "What is wrong with {module: modules that it imports}: higher wings, wings of the same height, circles."
+    wrong = []
+    for m, others in imports.items():
+        for o in others:
+            if wing(o) != wing(m) and WINGS[wing(o)] >= WINGS[wing(m)]:
+                wrong.append(f'{m} imports {o}')
+    todo = dict(imports)
+    while free := [m for m, others in todo.items() if not others & set(todo)]:
+        for m in free:
+            del todo[m]
+    return wrong + ([f'a circle among {", ".join(sorted(todo))}'] if todo else [])
+
+
+def test_a_wing_imports_lower_wings_only():
+    assert {wing(m) for m in MODULES} == set(WINGS)
+    seen = {m: imported(m, ROOT / 'cxrpaper' / f'{m.replace(".", "/")}.py') for m in MODULES}
+    assert seen['training.finetune'] >= {'models.nets', 'training.loop', 'runs'}, 'the reader of imports sees them'
+    assert faults(seen) == []
+
+
+@pytest.mark.parametrize(
+    'line,what',
+    [
+        ('from ..paper.tables import cell', 'data.store imports paper.tables'),
+        ('from cxrpaper.models import nets', 'data.store imports models.nets'),
+        ('def f():\n    from .folds import assign_folds', 'a circle among data.folds, data.store'),
+    ],
+)
+def test_a_wrong_import_is_found(line, what, tmp_path):
+    (f := tmp_path / 'store.py').write_text(line)
+    assert what in faults(
+        {'data.store': imported('data.store', f), 'data.folds': {'data.store'}, 'paper.tables': set()}
+    )
+
+
+def test_laid_out_and_checked_by_ruff():
+    for ask in (['format', '--check'], ['check']):
+        r = subprocess.run([BIN / 'ruff', *ask, 'nbs', 'tests'], cwd=ROOT, capture_output=True, text=True)
+        assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-1000:]

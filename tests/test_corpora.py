@@ -16,7 +16,6 @@ from cxrpaper.data.folds import (
     duplicate_distance,
     hash_cohort,
     hash_distances,
-    perceptual_hash,
     perceptual_hashes,
 )
 from cxrpaper.data.readers import read_cohort

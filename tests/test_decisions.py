@@ -34,7 +34,7 @@ from cxrpaper.questions.decisions import (
     threshold_at,
 )
 from cxrpaper.runs import InputError
-from cxrpaper.schema import CLASSES, LOGITS
+from cxrpaper.schema import LOGITS
 
 
 def frame(n=150, seed=0, folds=1, **kind):

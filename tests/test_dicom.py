@@ -855,7 +855,7 @@ def test_pictures_are_read_by_content_and_checked(tmp_path):
 # ---------------------------------------------------------------- trees, speed
 
 CRASH = '''import os, signal
-from cxrpaper.dicom import _complaint
+from cxrpaper.data.dicom import _complaint
 def read(path):
     if path.name.startswith('kills'): os.kill(os.getpid(), signal.SIGSEGV)
     return _complaint(path)
@@ -913,7 +913,7 @@ def test_a_process_that_dies_costs_one_file_only(tmp_path, monkeypatch):
 def test_workers_without_main_guard_say_so(tmp_path):
     root = tree(tmp_path / 't', 1)
     (script := tmp_path / 's.py').write_text(
-        f'from cxrpaper.dicom import verify_tree\nprint(len(verify_tree({str(root)!r})))\n'
+        f'from cxrpaper.data.dicom import verify_tree\nprint(len(verify_tree({str(root)!r})))\n'
     )
     r = subprocess.run(
         [sys.executable, script],

@@ -311,7 +311,7 @@ def test_seeds_are_averaged():
 def test_cartography_is_a_plain_loop():
     g = np.random.default_rng(0)
     runs = []
-    for r in range(3):
+    for _r in range(3):
         d = pd.DataFrame(g.random((20, 5)), columns=[f'epoch_{i}' for i in range(5)])
         d = d.mask(g.random(d.shape) < 0.3)
         runs.append(

@@ -6,11 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -20,11 +18,7 @@ from cxrpaper.data.download import (
     CORPORA,
     check_manifest,
     check_table,
-    corpus_files,
-    disk_needed,
     download_siim,
-    hash_files,
-    kaggle_fault,
     members,
     table_content,
     unpack,

@@ -106,7 +106,7 @@ def imported(path):
 def test_every_import_of_the_package_is_a_direct_requirement():
     names = {canonicalize_name(Requirement(r).name) for r in direct_requirements()}
     provided = md.packages_distributions()
-    for f in sorted((ROOT / 'cxrpaper').glob('*.py')):
+    for f in sorted((ROOT / 'cxrpaper').rglob('*.py')):
         for module in imported(f) - set(sys.stdlib_module_names) - {'cxrpaper'}:
             assert {canonicalize_name(d) for d in provided[module]} & names, (
                 f'{f.name} imports {module}, which settings.ini does not require'

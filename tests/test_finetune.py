@@ -1,6 +1,5 @@
 "Training: a run killed at any moment ends with the same bytes; its parts do what they say."
 
-import json
 import os
 import random
 import signal
@@ -19,9 +18,8 @@ from cxrpaper.data.folds import assign_folds
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import read_cohort
 from cxrpaper.data.store import build_store
-from cxrpaper.models.losses import BalancedCE
 from cxrpaper.models.nets import Classifier, Encoder
-from cxrpaper.runs import InputError, Run, load_run, rng
+from cxrpaper.runs import InputError, Run, as_parameters, load_run, rng
 from cxrpaper.training.finetune import finetune, fit, label_subset, make_model, predict, split_rows
 from cxrpaper.training.loop import Batches
 
@@ -59,10 +57,10 @@ P = dict(
 
 SCRIPT = '''
 import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
-from test_finetune import P, small; from cxrpaper.finetune import finetune; from cxrpaper.cohort import assign_folds; from cxrpaper.runs import Run
+from test_finetune import P, small; from cxrpaper.training.finetune import finetune; from cxrpaper.data.folds import assign_folds; from cxrpaper.runs import Run
 if __name__ == '__main__':
     cohort,store = small()
-    finetune(Run(sys.argv[1], P), cohort, store, assign_folds(cohort.images, 3), SimpleNamespace(**P), device='cpu')
+    finetune(Run(sys.argv[1], P), cohort, store, assign_folds(cohort.images, 3), as_parameters(P), device='cpu')
 '''
 
 
@@ -132,7 +130,7 @@ def test_another_seed_gives_other_weights(data, tmp_path):
     folds = assign_folds(cohort.images, 3)
     made = []
     for i, seed in enumerate((0, 0, 1)):
-        p = SimpleNamespace(**P | dict(seed=seed, epochs=1))
+        p = as_parameters(P | dict(seed=seed, epochs=1))
         finetune(Run(tmp_path / str(i), vars(p)), cohort, store, folds, p, device='cpu')
         made.append(results(tmp_path / str(i)))
     assert made[0] == made[1] and made[0]['weights.safetensors'] != made[2]['weights.safetensors']
@@ -149,7 +147,7 @@ def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
     rows = split_rows(y, assign_folds(cohort.images, 3), 0, 3)
     auc, believed = {}, {}
     for name, labels in (('planted', y), ('shuffled', rng(0, 'shuffle').permutation(y))):
-        p = SimpleNamespace(**P | dict(epochs=10, lr=3e-3, augmentation='none'))
+        p = as_parameters(P | dict(epochs=10, lr=3e-3, augmentation='none'))
         _, history, _, _, seen = fit(
             SimpleNamespace(images=images, masks=store.masks),
             cohort.images.assign(label=labels),
@@ -176,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     cohort, store = data
     rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     with pytest.raises(InputError, match='the loss is nan.*Hint: lower lr'):
-        fit(store, cohort.images, rows, SimpleNamespace(**P | dict(lr=1e18, epochs=3)), tmp_path / 'c.pt')
+        fit(store, cohort.images, rows, as_parameters(P | dict(lr=1e18, epochs=3)), tmp_path / 'c.pt')
 
 
 def test_predictions_do_not_depend_on_the_batch_size(data):
@@ -202,7 +200,7 @@ def test_predictions_do_not_depend_on_the_batch_size(data):
 
 def test_provenance_says_what_went_in(data, tmp_path):
     cohort, store = data
-    p = SimpleNamespace(**P | dict(epochs=1))
+    p = as_parameters(P | dict(epochs=1))
     finetune(
         Run(tmp_path / 'r', vars(p), dict(store=store.pixels_sha256)),
         cohort,
@@ -233,7 +231,7 @@ def test_a_frozen_encoder_stays_as_it_came(data, tmp_path, multitask):
     cohort, store = data
     rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     for freeze in (True, False):
-        p = SimpleNamespace(**P | dict(epochs=1, freeze=freeze, multitask=multitask))
+        p = as_parameters(P | dict(epochs=1, freeze=freeze, multitask=multitask))
         before = {k: v.clone() for k, v in make_model(p)[0].state_dict().items()}
         after = fit(store, cohort.images, rows, p, tmp_path / f'{freeze}.pt')[0].state_dict()
         moved = {k for k in before if (before[k] != after[k]).any()}
@@ -267,7 +265,7 @@ def test_few_labels_are_trained_on_as_long_as_all(data, tmp_path):
     "The same number of steps; what is left out is neither seen nor its labels used: with them changed, the weights stay the same."
     cohort, store = data
     folds = assign_folds(cohort.images, 3)
-    p = SimpleNamespace(**P | dict(epochs=2, label_fraction=0.3, select='last'))
+    p = as_parameters(P | dict(epochs=2, label_fraction=0.3, select='last'))
     finetune(Run(tmp_path / 'a', vars(p)), cohort, store, folds, p, device='cpu')
     rows = split_rows(cohort.images.label, folds, 0, 3)['train']
     used = label_subset(cohort.images.label, cohort.images.group, rows, 0.3)
@@ -290,7 +288,7 @@ def test_the_last_epoch_asks_no_validation_label(data, tmp_path):
     rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     changed = cohort.images.copy()
     changed.loc[changed.index[rows['val']], 'label'] = changed.label.iloc[rows['val']].values[::-1]
-    p = SimpleNamespace(**P | dict(epochs=2, select='last'))
+    p = as_parameters(P | dict(epochs=2, select='last'))
     a, b = (
         fit(store, t, rows, p, tmp_path / f'{i}.pt')[0].state_dict() for i, t in enumerate((cohort.images, changed))
     )

@@ -60,7 +60,7 @@ def test_blocks_are_up_to_five_rectangles_of_the_stated_sides():
     for m in draw_holes(300, px, Holes('blocks'), gen())[:, 0].numpy().astype(np.uint8):
         n, _, stats, _ = cv2.connectedComponentsWithStats(m, connectivity=4)
         assert 2 <= n <= 6  # background included; rectangles may touch
-        for x, y, w, h, area in stats[1:]:
+        for _x, _y, w, h, area in stats[1:]:
             assert min(w, h) >= px / 6 - 1
             if w <= px / 3 + 1 and h <= px / 3 + 1 and area == w * h:
                 assert max(w, h) <= px / 3 + 1

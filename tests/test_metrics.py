@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from cxrpaper.evaluation.metrics import (
+    Resampling,
     auc,
     average_precision,
     benjamini_hochberg,
@@ -148,7 +149,7 @@ def test_study_map_is_of_studies_and_resampled_with_the_patients(df):
     st = study_level(df)
     P = st[[f'p_{k}' for k in range(4)]].to_numpy()
     want = np.mean([voc_by_hand((st.label == k).to_numpy(), P[:, k]) for k in range(4)])
-    got = bootstrap(df, 50, metrics=['study_map']).iloc[0]
+    got = bootstrap(df, Resampling(50), metrics=['study_map']).iloc[0]
     assert got.value == pytest.approx(want, abs=1e-12) and got.n == df.study.nunique() < len(df)
     c = read_cases(df)
     counts = next(resampled_units(c.n_units, 3))
@@ -191,7 +192,7 @@ def test_draws_are_with_replacement_and_uniform():
 
 
 def test_interval_equals_a_plain_loop(df):
-    got = bootstrap(df, 200, seed=5, metrics=['auc_macro', 'accuracy']).set_index('metric')
+    got = bootstrap(df, Resampling(200, 5), metrics=['auc_macro', 'accuracy']).set_index('metric')
     c = read_cases(df)
     rows = [np.flatnonzero(c.unit == u) for u in range(c.n_units)]
     aucs, acc = [], []
@@ -205,30 +206,32 @@ def test_interval_equals_a_plain_loop(df):
 
 def test_rows_may_come_in_any_order_and_seeds_decide(df):
     shuffled = df.sample(frac=1, random_state=0)
-    assert bootstrap(df, 100).equals(bootstrap(shuffled, 100))
-    assert not bootstrap(df, 100).lo.equals(bootstrap(df, 100, seed=1).lo)
+    assert bootstrap(df, Resampling(100)).equals(bootstrap(shuffled, Resampling(100)))
+    assert not bootstrap(df, Resampling(100)).lo.equals(bootstrap(df, Resampling(100, 1)).lo)
 
 
 def test_units(df):
     w = {
         u: (lambda r: r.hi - r.lo)(
-            bootstrap(simulate_predictions(200, seed=1, images=6.0), 400, unit=u, metrics=['auc_macro']).iloc[0]
+            bootstrap(
+                simulate_predictions(200, seed=1, images=6.0), Resampling(400, unit=u), metrics=['auc_macro']
+            ).iloc[0]
         )
         for u in ('patient', 'group', 'image')
     }
     assert w['patient'] == w['group'] and w['image'] < 0.7 * w['patient']
     assert (
-        'study_map' not in bootstrap(df, 20, unit='image').metric.tolist()
-        and 'study_map' in bootstrap(df, 20).metric.tolist()
+        'study_map' not in bootstrap(df, Resampling(20, unit='image')).metric.tolist()
+        and 'study_map' in bootstrap(df, Resampling(20)).metric.tolist()
     )
     with pytest.raises(InputError, match='not a unit'):
-        bootstrap(df, 20, unit='hospital')
+        bootstrap(df, Resampling(20, unit='hospital'))
 
 
 def test_validation_rows_do_not_count(df):
     val = df[df.patient.isin(df.patient.unique()[:20])].assign(split='val')
     both = pd.concat([val, df[~df.patient.isin(val.patient)]])
-    assert bootstrap(both, 50).equals(bootstrap(both[both.split == 'test'], 50))
+    assert bootstrap(both, Resampling(50)).equals(bootstrap(both[both.split == 'test'], Resampling(50)))
 
 
 # ---------------------------------------------------------------- a class that is absent
@@ -257,21 +260,23 @@ def cohort_with(df, n):  # n atypical patients
 
 
 def test_undefined_resamples_are_left_out_up_to_five_percent(df):
-    few = bootstrap(cohort_with(df, 4), 1000, metrics=['auc_macro', 'auc_typical', 'accuracy']).set_index('metric')
+    few = bootstrap(cohort_with(df, 4), Resampling(1000), metrics=['auc_macro', 'auc_typical', 'accuracy']).set_index(
+        'metric'
+    )
     assert (
         950 <= few.n_boot['auc_macro'] < 1000
         and np.isfinite(few.lo['auc_macro'])
         and few.n_boot['accuracy'] == few.n_boot['auc_typical'] == 1000
     )
-    lone = bootstrap(cohort_with(df, 1), 1000, metrics=['auc_macro', 'auc_typical']).set_index('metric')
+    lone = bootstrap(cohort_with(df, 1), Resampling(1000), metrics=['auc_macro', 'auc_typical']).set_index('metric')
     assert (
         np.isfinite(lone.value['auc_macro'])
         and np.isnan([lone.lo['auc_macro'], lone.hi['auc_macro']]).all()
         and 600 < lone.n_boot['auc_macro'] < 660
     )
     assert np.isfinite(lone.lo['auc_typical'])
-    assert np.isnan(bootstrap(cohort_with(df, 0), 100, metrics=['auc_macro']).value[0])
-    p = bootstrap_difference(cohort_with(df, 1), cohort_with(df, 1), 200, metrics=['auc_macro']).p[0]
+    assert np.isnan(bootstrap(cohort_with(df, 0), Resampling(100), metrics=['auc_macro']).value[0])
+    p = bootstrap_difference(cohort_with(df, 1), cohort_with(df, 1), Resampling(200), metrics=['auc_macro']).p[0]
     assert np.isnan(p)
 
 
@@ -311,7 +316,7 @@ def test_bad_predictions_name_run_image_and_cure(df, i):
     message, bad = list(broken(df).items())[i]
     for f in (
         lambda: check_predictions(bad, run='runs/x/fold1'),
-        lambda: evaluate([bad.set_axis(bad.columns, axis=1)], 20),
+        lambda: evaluate([bad.set_axis(bad.columns, axis=1)], Resampling(20)),
     ):
         with pytest.raises(InputError) as e:
             f()
@@ -321,15 +326,15 @@ def test_bad_predictions_name_run_image_and_cure(df, i):
     bad = bad.copy()
     bad.attrs['run'] = 'runs/y'
     with pytest.raises(InputError, match='runs/y'):
-        bootstrap(bad, 20)
+        bootstrap(bad, Resampling(20))
 
 
 def test_good_predictions_pass_and_leaks_only_on_request(df):
     assert check_predictions(df) is df
     leak = pd.concat([df.assign(fold=1), df.iloc[[7]].assign(split='val', fold=1, image='other')])
     with pytest.raises(InputError, match='val and test'):
-        bootstrap(leak, 20)
-    assert len(evaluate([leak], 20, leaky=True))
+        bootstrap(leak, Resampling(20))
+    assert len(evaluate([leak], Resampling(20), leaky=True))
     elsewhere = leak.assign(fold=np.where(leak.split == 'val', 2, 1))
     assert check_predictions(elsewhere) is elsewhere, 'a patient may validate another fold'
 
@@ -337,19 +342,19 @@ def test_good_predictions_pass_and_leaks_only_on_request(df):
 def test_too_few_units(df):
     one = df[df.patient == df.patient.iloc[0]]
     with pytest.raises(InputError, match='at least 2'):
-        bootstrap(one, 20)
+        bootstrap(one, Resampling(20))
     with pytest.raises(InputError, match='at least 2'):
-        bootstrap(df.assign(split='val'), 20)
+        bootstrap(df.assign(split='val'), Resampling(20))
 
 
 def test_study_of_two_patients(df):
     with pytest.raises(InputError, match='belongs to several'):
-        bootstrap(df.assign(study='s', label=1), 20)
+        bootstrap(df.assign(study='s', label=1), Resampling(20))
 
 
 def test_folds_are_pooled_and_checked(df):
     parts = [df[df.fold == f].reset_index(drop=True) for f in range(5)]
-    assert bootstrap(pool_folds(parts), 50).equals(bootstrap(df, 50))
+    assert bootstrap(pool_folds(parts), Resampling(50)).equals(bootstrap(df, Resampling(50)))
     with pytest.raises(InputError, match='twice'):
         pool_folds([parts[0], parts[0]])
     with_val = [
@@ -366,8 +371,8 @@ def noisy(df, seed, scale=0.5):
 
 def test_seeds_are_averaged_inside_a_resample(df):
     frames = [noisy(df, s) for s in range(3)]
-    got = evaluate(frames, 100, metrics=['auc_macro', 'study_map']).set_index('metric')
-    one = [bootstrap(f, 100, metrics=['auc_macro']).iloc[0] for f in frames]
+    got = evaluate(frames, Resampling(100), metrics=['auc_macro', 'study_map']).set_index('metric')
+    one = [bootstrap(f, Resampling(100), metrics=['auc_macro']).iloc[0] for f in frames]
     assert got.value['auc_macro'] == pytest.approx(np.mean([o.value for o in one])) and got.n_seeds['auc_macro'] == 3
     assert got.sd_seeds['auc_macro'] == pytest.approx(np.std([o.value for o in one], ddof=1))
     cases = [read_cases(f) for f in frames]
@@ -378,18 +383,18 @@ def test_seeds_are_averaged_inside_a_resample(df):
         ]
     )
     assert got.lo['auc_macro'] == pytest.approx(np.quantile(samples, 0.025))
-    assert np.isnan(evaluate([df], 20).sd_seeds).all()
+    assert np.isnan(evaluate([df], Resampling(20)).sd_seeds).all()
     for bad in (
         [df, df.iloc[3:]],
         [df, df.assign(label=(df.label + 1) % 4)],
         [df, df.assign(group='g' + df.study, patient=df.study)],
     ):
         with pytest.raises(InputError, match='frame 1.*other images, labels or patients'):
-            evaluate(bad, 20)
+            evaluate(bad, Resampling(20))
     with pytest.raises(InputError, match='unknown metric auroc'):
-        evaluate([df], 20, metrics=['auroc'])
+        evaluate([df], Resampling(20), metrics=['auroc'])
     with pytest.raises(InputError, match='no predictions'):
-        evaluate([], 20)
+        evaluate([], Resampling(20))
 
 
 # ---------------------------------------------------------------- speed
@@ -407,7 +412,7 @@ def test_fifty_times_faster_than_a_loop():
             sk.roc_auc_score(c.y[i], c.p[i], multi_class='ovr')
         loop.append((time.perf_counter() - t) / 15 * 2000)
         t = time.perf_counter()
-        bootstrap(big, 2000, seed=turn, metrics=['auc_macro'])
+        bootstrap(big, Resampling(2000, turn), metrics=['auc_macro'])
         ours.append(time.perf_counter() - t)
     print(f'2,000 resamples of macro AUC, {len(big)} images: loop {min(loop):.1f} s, vectorised {min(ours):.2f} s')
     assert min(loop) / min(ours) > 50
@@ -423,7 +428,9 @@ def test_coverage_of_patients_and_not_of_images():
             [
                 (lambda r: r.lo <= truth['auc_macro'] <= r.hi)(
                     bootstrap(
-                        simulate_predictions(150, seed=500 + i, images=4.0), 200, seed=i, unit=u, metrics=['auc_macro']
+                        simulate_predictions(150, seed=500 + i, images=4.0),
+                        Resampling(200, i, unit=u),
+                        metrics=['auc_macro'],
                     ).iloc[0]
                 )
                 for i in range(n)
@@ -438,16 +445,16 @@ def test_coverage_of_patients_and_not_of_images():
 # ---------------------------------------------------------------- differences
 def test_paired_difference(df):
     worse = noisy(df, 1, 1.0)
-    d = bootstrap_difference(df, worse, 500).set_index('metric')
+    d = bootstrap_difference(df, worse, Resampling(500)).set_index('metric')
     a, b = point_metrics(df.label, probabilities(df)), point_metrics(df.label, probabilities(worse))
     for k in a:
         assert d.difference[k] == pytest.approx(a[k] - b[k]) and d.a[k] == pytest.approx(a[k])
     assert d.p['auc_macro'] < 0.05 and d.lo['auc_macro'] > 0
-    back = bootstrap_difference(worse, df, 500).set_index('metric')
+    back = bootstrap_difference(worse, df, Resampling(500)).set_index('metric')
     assert back.lo['auc_macro'] == pytest.approx(-d.hi['auc_macro']) and back.p['auc_macro'] == d.p['auc_macro']
-    same = bootstrap_difference(df, df, 100)
+    same = bootstrap_difference(df, df, Resampling(100))
     assert (same.p == 1).all() and (same.difference == 0).all()
-    several = bootstrap_difference([df, df], [worse], 100, metrics=['auc_macro'])
+    several = bootstrap_difference([df, df], [worse], Resampling(100), metrics=['auc_macro'])
     assert several.difference[0] == pytest.approx(d.difference['auc_macro'])
 
 
@@ -457,7 +464,9 @@ def test_false_alarms_of_the_paired_test():
         base = simulate_predictions(120, seed=900 + s)
         ps.append(
             [
-                bootstrap_difference(noisy(base, 2 * s), noisy(base, 2 * s + 1, k), 150, metrics=['auc_macro']).p[0]
+                bootstrap_difference(
+                    noisy(base, 2 * s), noisy(base, 2 * s + 1, k), Resampling(150), metrics=['auc_macro']
+                ).p[0]
                 for k in (0.5, 1.5)
             ]
         )
@@ -569,11 +578,11 @@ def test_curves(df):
         area = [(np.diff(r[:, b], prepend=0) * np.nan_to_num(pr[:, b])).sum() for b in range(5)]
         assert np.allclose(area, average_precision(y == k, p[:, k], w))
     for kind in ('roc', 'pr'):
-        band = curve_band(df, 1, kind, n_boot=200)
+        band = curve_band(df, 1, kind, how=Resampling(200))
         assert (
             (band.lo <= band.hi).all()
             and ((band.lo <= band.y + 0.03) & (band.y <= band.hi + 0.03)).all()
             and (band.hi - band.lo).max() > 0.05
         )
-    roc = curve_band(df, 1, 'roc', n_boot=50)
+    roc = curve_band(df, 1, 'roc', how=Resampling(50))
     assert roc.y.iloc[-1] == 1 and (np.diff(roc.y) >= 0).all()

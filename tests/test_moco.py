@@ -1,6 +1,5 @@
 "MoCo: loss, queue and momentum against lightly and loops; several processes against one; killed runs."
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from test_finetune import small
 
 from cxrpaper.models.nets import Encoder
@@ -163,7 +161,7 @@ def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, 
 
 SCRIPT = '''
 import json, sys; sys.path.insert(0, {tests!r})
-from cxrpaper.training import plain, rank_and_world, start_device
+from cxrpaper.training.loop import plain, rank_and_world, start_device
 if __name__ == '__main__':
     device = start_device('cpu'); rank,world = rank_and_world()
     from test_moco import *

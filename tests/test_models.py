@@ -2,11 +2,10 @@
 
 import hashlib
 import http.server
-import pickle
 import threading
 import time
 from copy import deepcopy
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -396,7 +395,7 @@ def test_missing_pretraining_runs_are_named(tmp_path):
 def test_latest_run_of_the_architecture_is_found(tmp_path):
     import os
 
-    for age, (name, arch) in enumerate([('new', 'resnet18'), ('old', 'resnet18'), ('newest', 'resnet34')][::1]):
+    for _age, (name, arch) in enumerate([('new', 'resnet18'), ('old', 'resnet18'), ('newest', 'resnet34')][::1]):
         f = tmp_path / f'smoke/moco/{name}/weights.safetensors'
         save_weights(Encoder(arch), f)
         t = time.time() - dict(new=10, old=100, newest=0)[name]

@@ -1,7 +1,5 @@
 "Multi-task learning: losses against float64 references, masks and controls that are what they say, training that resumes and reduces to the single-task model."
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +22,7 @@ from cxrpaper.models.multitask import (
 )
 from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.models.weights import load_pretrained, save_weights
-from cxrpaper.runs import InputError, Run, load_run, rng, torch_generator
+from cxrpaper.runs import InputError, Run, as_parameters, load_run, rng, torch_generator
 from cxrpaper.training.finetune import (
     StageSchedule,
     finetune,
@@ -55,7 +53,7 @@ def seeded():
 def trained(data, folder, **change):
     "A finished run of a few epochs: its provenance, predictions and history."
     cohort, store = data
-    p = SimpleNamespace(**MULTI | change)
+    p = as_parameters(MULTI | change)
     finetune(Run(folder, vars(p)), cohort, store, assign_folds(cohort.images, 3), p, device='cpu')
     return load_run(folder), pd.read_csv(folder / 'predictions.csv'), pd.read_csv(folder / 'history.csv')
 
@@ -96,7 +94,7 @@ def test_what_cannot_be_built_says_so():
 
 
 def test_the_same_seed_starts_the_same_encoder_and_head():
-    single, multi = (make_model(SimpleNamespace(**P | dict(multitask=m)))[0].state_dict() for m in (False, True))
+    single, multi = (make_model(as_parameters(P | dict(multitask=m)))[0].state_dict() for m in (False, True))
     assert all(torch.equal(v, multi[k]) for k, v in single.items()) and len(multi) > len(single)
 
 
@@ -265,7 +263,7 @@ def test_masks_follow_the_augmented_image(data):
         seed=0,
         taught=SegmentationTargets(store.masks, np.ones(len(im), bool)),
     )
-    p = SimpleNamespace(**MULTI | dict(augmentation='moco_cxr'))
+    p = as_parameters(MULTI | dict(augmentation='moco_cxr'))
     learn = finetuner(make_model(p)[0], batches, batches, p, make_loss(p, [0, 1, 2, 3]))[0]
     cb = learn.augmenting
     learn.generator = torch_generator(0, 'augment', 0)
@@ -297,7 +295,7 @@ def test_with_weight_zero_it_is_the_single_task_model_bit_for_bit(data, tmp_path
 )
 def test_stopped_after_any_epoch_it_ends_the_same(data, tmp_path, change):
     cohort, store = data
-    p = SimpleNamespace(**MULTI | dict(epochs=3) | change)
+    p = as_parameters(MULTI | dict(epochs=3) | change)
     rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
 
     class Stop(StageSchedule):
@@ -370,7 +368,7 @@ def test_a_corpus_without_masks_is_refused_before_training(data, tmp_path):
             store,
             cohort.images.assign(annotated=cohort.images.label == 0),
             rows,
-            SimpleNamespace(**MULTI),
+            as_parameters(MULTI),
             tmp_path / 'c.pt',
         )
     assert not (tmp_path / 'c.pt').exists()
@@ -380,7 +378,7 @@ def test_a_diverging_decoder_stops_the_run(data, tmp_path):
     cohort, store = data
     rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
     with pytest.raises(InputError, match='the loss is nan.*Hint: lower lr'):
-        fit(store, cohort.images, rows, SimpleNamespace(**MULTI | dict(lr=1e18)), tmp_path / 'c.pt')
+        fit(store, cohort.images, rows, as_parameters(MULTI | dict(lr=1e18)), tmp_path / 'c.pt')
 
 
 def test_drawn_masks_without_a_class_test_only_where_the_patient_is_new():

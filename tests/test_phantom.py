@@ -182,8 +182,8 @@ def test_every_syntax_keeps_every_pixel(tmp_path, syntax, bits):
 
 
 def test_dicom_module_reads_them(small):
-    dicom = pytest.importorskip('cxrpaper.dicom')
-    truth = truth_of(small).set_index('image')
+    dicom = pytest.importorskip('cxrpaper.data.dicom')
+    truth_of(small).set_index('image')
     config = PhantomConfig(**SMALL)
     for _, row in plan_cohort(config).head(8).iterrows():
         x = dicom.read_radiograph(small / 'train' / row.study / row.series / f'{row.image}.dcm')

@@ -1,6 +1,5 @@
 "Pre-training runs: killed at any moment they end with the same bytes; what they saw is on record, and fine-tuning asks for it."
 
-import json
 import os
 import random
 import signal
@@ -10,7 +9,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,7 +18,7 @@ from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import read_cohort
 from cxrpaper.models.nets import Encoder
 from cxrpaper.models.weights import load_pretrained
-from cxrpaper.runs import InputError, Run, load_run
+from cxrpaper.runs import InputError, Run, as_parameters, load_run
 from cxrpaper.training.finetune import pretrained_file
 from cxrpaper.training.inpainting import inpainting, load_inpainter
 from cxrpaper.training.moco import moco
@@ -57,7 +55,7 @@ METHOD = dict(moco=moco, inpainting=inpainting)
 
 def settings(method, **change):
     root = str(write_phantom(PhantomConfig(n_patients=36, px=96, seed=3), workers=1))
-    return SimpleNamespace(**BASE | OWN[method] | dict(data_root=root, labelled_root=root) | change)
+    return as_parameters(BASE | OWN[method] | dict(data_root=root, labelled_root=root) | change)
 
 
 def start(method, run, **change):
@@ -70,7 +68,7 @@ def start(method, run, **change):
 SCRIPT = '''
 import sys; sys.path.insert(0, {tests!r})
 if __name__ == '__main__':
-    from cxrpaper.training import start_device
+    from cxrpaper.training.loop import start_device
     start_device('cpu')
     from test_pretraining import start
     start(sys.argv[1], sys.argv[2])

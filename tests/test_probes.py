@@ -27,7 +27,6 @@ from cxrpaper.training.probes import (
     nearest,
     neighbours,
     permute_labels,
-    probe,
     project_2d,
     uniformity,
 )

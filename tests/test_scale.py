@@ -1,6 +1,5 @@
 """The way of the real data: SIIM's own tables with phantoms as radiographs through cohort, folds, store and Table 1. A part of it here; all 6,334 images by `pytest -s --scale tests/test_scale.py` (about ten minutes on two cores, 200 MB)."""
 
-import json
 import shutil
 
 import numpy as np

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cxrpaper.data.folds import assign_folds
-from cxrpaper.evaluation.metrics import bootstrap, point_metrics, probabilities, simulate_predictions
+from cxrpaper.evaluation.metrics import Resampling, bootstrap, simulate_predictions
 from cxrpaper.questions import shortcuts as S
 from cxrpaper.runs import InputError, project_root, rng
 from cxrpaper.training.loop import Batches
@@ -66,7 +66,7 @@ def test_overlap_equals_a_loop():
 
 def test_holm_intervals_and_p_agree():
     g = rng(1, 'holm')
-    for trial in range(40):
+    for _trial in range(40):
         t = {str(i): (m, g.normal(m, 0.04, 2000), 50) for i, m in enumerate(g.uniform(0.4, 0.7, 5))}
         r = S.judge('x', t)
         assert list(r) == S.COLUMNS and ((r.verdict == 'found') <= (r.lo > 0.5)).all()
@@ -106,7 +106,7 @@ def test_false_alarms_of_the_rule():
 def test_auc_samples_are_those_of_metrics():
     d = simulate_predictions(60, 3)
     v, s, n = S.auc_samples(d, 200, 5)
-    b = bootstrap(d, 200, 5, metrics=['auc_macro']).iloc[0]
+    b = bootstrap(d, Resampling(200, 5), metrics=['auc_macro']).iloc[0]
     assert (v, n) == (pytest.approx(b.value), 60) and np.quantile(s, [0.025, 0.975]) == pytest.approx([b.lo, b.hi])
 
 

@@ -1,7 +1,6 @@
 "The graph on a cluster: as `make paper EXECUTOR=slurm` runs it, on a one-node SLURM of our own (tests/slurm.sh). Same bytes as without; a job that failed is sent again."
 
 import os
-import shlex
 import shutil
 import subprocess
 from pathlib import Path

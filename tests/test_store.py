@@ -1,6 +1,5 @@
 """The store: geometry, address, resume, concurrency, memory, bad files."""
 
-import json
 import os
 import pickle
 import shutil
@@ -99,7 +98,7 @@ BUILD = '''
 import sys
 if __name__ == '__main__':
     from test_store import make_cohort
-    from cxrpaper.store import build_store
+    from cxrpaper.data.store import build_store
     root, out, n, px, workers = sys.argv[1:]
     print(build_store(make_cohort(root, int(n)), int(px), out, int(workers)).pixels_sha256)
 '''
@@ -114,7 +113,7 @@ def build_quietly(said, root, out, n, px):
 def start():
     "Start a build in a process that has imported everything already (a forkserver); returns when it begins."
     quick = get_context('forkserver')
-    quick.set_forkserver_preload(['cxrpaper.store', 'test_store'])
+    quick.set_forkserver_preload(['cxrpaper.data.store', 'test_store'])
     before = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([str(project_root()), str(Path(__file__).parent)])
     forkserver.ensure_running()
@@ -679,7 +678,7 @@ def test_a_script_without_guard_is_told_so(tmp_path):
 
 @needs_real
 def test_the_same_radiographs_as_dicom_give_the_same_store(tmp_path):
-    cohort = pytest.importorskip('cxrpaper.cohort', reason='the cohort module is not there yet')
+    cohort = pytest.importorskip('cxrpaper.data.cohort', reason='the cohort module is not there yet')
     tree = write_siim_tree(tmp_path / 'siim', REAL)
     jpeg, dicom = cohort.read_real_cxr(REAL), cohort.read_siim(tree)
     if len(jpeg.images) != 250:

@@ -59,7 +59,9 @@ def clone(to, like=None):
     if like:
         shutil.copytree(like / 'data' / 'tiny', to / 'data' / 'tiny')
         return to
-    code = "from cxrpaper.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
+    code = (
+        "from cxrpaper.data.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
+    )
     subprocess.run([sys.executable, '-c', code], cwd=to, env=environment(to), check=True)
     return to
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cxrpaper.evaluation.masks import STEPS, MaskScores, evaluate_masks, mask_cases
+from cxrpaper.evaluation.masks import STEPS, MaskScores, evaluate_masks
 from cxrpaper.evaluation.metrics import point_metrics, probabilities, read_cases, simulate_predictions
 from cxrpaper.paper import tables as T
 from cxrpaper.schema import CLASSES

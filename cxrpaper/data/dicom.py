@@ -648,7 +648,7 @@ def _processes():
     if 'forkserver' not in get_all_start_methods():
         return get_context('spawn')
     context = get_context('forkserver')
-    context.set_forkserver_preload(['cxrpaper.dicom'])
+    context.set_forkserver_preload(['cxrpaper.data.dicom'])
     return context
 
 # %% ../../nbs/appendix/data/dicom.ipynb #94eea3ac

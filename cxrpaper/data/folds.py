@@ -131,7 +131,7 @@ def hash_cohort(
 ) -> np.ndarray:  # (n, 13) uint64, in the order of cohort.images
     "Decode every radiograph in parallel and hash it; InputError where files cannot be read."
     files = [cohort.root / p for p in cohort.images.path]
-    work = importlib.import_module('cxrpaper.cohort').hash_file  # worker processes import it by this name
+    work = importlib.import_module('cxrpaper.data.folds').hash_file  # worker processes import it by this name
     done = dict(
         tqdm(
             each_file(work, list(dict.fromkeys(files)), workers),

@@ -102,7 +102,7 @@ RANGES = dict(
 def check_config(c: PhantomConfig):  # raises InputError naming the field
     "Every field has its type and lies in its range."
     for f in fields(c):
-        v, whole = getattr(c, f.name), f.type in (int, 'int')
+        v, _whole = getattr(c, f.name), f.type in (int, 'int')
         kind = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}[f.type]
         ok = isinstance(v, f.type) or (f.type is float and isinstance(v, int))
         if not ok or (isinstance(v, bool) and f.type is not bool):
@@ -490,7 +490,7 @@ def vessel_tree(a: dict, flow: float = 1.0) -> list:  # of (n,2) outlines in tho
     heading = np.where(side > 0, heading, math.pi - heading)
     p = np.c_[side * 0.21, -0.06 - 0.05 * (side > 0)] + r.normal(0, 0.03, (16, 2))
     length, width, out, t = r.uniform(0.2, 0.3, 16), 0.044 * flow, [], np.linspace(0, 1, 6)[:, None, None]
-    for depth in range(4):
+    for _depth in range(4):
         ahead = np.c_[np.cos(heading), np.sin(heading)]
         q, normal = p + length[:, None] * ahead, np.c_[-ahead[:, 1], ahead[:, 0]]
         m = (p + q) / 2 + (length * r.normal(0, 0.06, len(p)))[:, None] * normal
@@ -675,7 +675,7 @@ def box_size(
     chest: Chest, r: np.random.Generator, appearance: str, sides: int
 ) -> tuple:  # (width, height) in thorax units
     "Width and height of the opacities in each of `sides` lungs."
-    f, (median, sd) = chest.frame, AREA[appearance]
+    _f, (median, sd) = chest.frame, AREA[appearance]
     area = (
         median * math.exp(sd * np.clip(r.normal(), -1.8, 1.8)) * 6.2 / sides
     )  # an image shows about 6.2 square thorax units

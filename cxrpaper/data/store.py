@@ -685,7 +685,7 @@ def build_into(
 
 # %% ../../nbs/appendix/data/store.ipynb #f331bf44
 def build_store(
-    cohort,  # table and root folder, from cxrpaper.cohort
+    cohort,  # table and root folder, from cxrpaper.data.cohort
     px: int,  # side of the square images, 8 to 4096
     out=None,  # folder; None: data/stores/<first 16 digits of the digest>
     workers: int = 2,  # decoding processes; 0: this one

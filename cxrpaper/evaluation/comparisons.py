@@ -12,6 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from cxrpaper.evaluation.metrics import (
+    DEFAULT,
+    Resampling,
     auc,
     bootstrap_difference,
     confusion,
@@ -254,17 +256,18 @@ def smallest_difference(
     metric: str = 'auc_macro',
     power: float = 0.8,  # probability of finding it
     alpha: float = 0.05,  # two-sided
-    **kwargs,  # n_boot, seed, unit, level, leaky of `bootstrap_difference`
+    how: Resampling = DEFAULT,
+    leaky: bool = False,  # True only where a leaking split is the subject
 ) -> dict:  # se, smallest, difference, power, alpha
     "The smallest paired difference that this many patients would have shown with the given power."
     if not 0 < alpha < 0.5 <= power < 1:
         raise InputError(f'power {power}, alpha {alpha}', field='power', hint='give .5 <= power < 1 and 0 < alpha < .5')
-    d, level = np.nan, kwargs.get('level', 0.95)
+    d = np.nan
     if b is None:
         se = float(a)
     else:
-        r = bootstrap_difference(a, b, metrics=[metric], **kwargs).iloc[0]
-        d, se = float(r.difference), float(r.hi - r.lo) / (2 * stats.norm.ppf((1 + level) / 2))
+        r = bootstrap_difference(a, b, how, metrics=[metric], leaky=leaky).iloc[0]
+        d, se = float(r.difference), float(r.hi - r.lo) / (2 * stats.norm.ppf((1 + how.level) / 2))
     if not se >= 0:
         raise InputError('no standard error', field=metric, hint='give more patients: too many resamples lack a class')
     return dict(

@@ -193,7 +193,7 @@ def write_figure(
     caption: str,
     runs: list,  # folders of the runs behind it
     out='figures',
-    code: str = 'figures',  # the module that drew it
+    code: str = 'paper.figures',  # the module that drew it
     **more,  # further provenance
 ):
     "Write a figure as svg and png, without dates, with its json of provenance."

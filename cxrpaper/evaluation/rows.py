@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .masks import MASK_METRICS, evaluate_masks, load_mask_scores, mask_cases
-from .metrics import bootstrap_difference, evaluate, holm, read_cases
+from .metrics import Resampling, bootstrap_difference, evaluate, holm, read_cases
 from .predictions import row_frames
 from ..runs import resolve
 from ..study import row_runs
@@ -38,7 +38,7 @@ def evaluate_seeds(
 ) -> pd.DataFrame:  # as `evaluate`, and seeds
     "Every metric, averaged over seeds with its interval, and seed by seed."
     points = [{k: v[0] for k, v in once(read_cases(f)).items()} for f in frames]
-    return evaluate(frames, n_boot, seed).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
+    return evaluate(frames, Resampling(n_boot, seed)).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
 
 
 def evaluate_mask_seeds(
@@ -81,7 +81,7 @@ def differences(
     made = [
         d.assign(row=[a] * len(d), than=[b] * len(d), question=q)
         for a, b, q in pairs
-        for d in [bootstrap_difference(frames[a], frames[b], n_boot, seed)]
+        for d in [bootstrap_difference(frames[a], frames[b], Resampling(n_boot, seed))]
     ]
     out = pd.concat(made, ignore_index=True).rename(columns=dict(difference='value'))
     out['p_holm'] = out.groupby(['metric', 'question']).p.transform(holm)

@@ -656,7 +656,7 @@ def model_card(
         *(k for k in rows if k not in _LATER and k not in ('What it is', 'Architecture', 'Parameters')),
         *_LATER,
     ]
-    use = f"load_pretrained(Encoder({encoder.arch!r}{f', in_chans={encoder.in_chans}' * (encoder.in_chans != 1)}), 'path/to/weights.safetensors') # from cxrpaper.models"
+    use = f"load_pretrained(Encoder({encoder.arch!r}{f', in_chans={encoder.in_chans}' * (encoder.in_chans != 1)}), 'path/to/weights.safetensors') # from cxrpaper.models.weights"
     return '\n'.join(
         [
             '# Model card',

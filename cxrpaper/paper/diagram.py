@@ -250,7 +250,7 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
         )
         draw_arrow(ax, (x + w / 2, corpus[1]), (x + w / 2, pre[3]))
         draw_arrow(ax, (x, middle(pre)), (width, middle(pre)))
-    baselines = draw_box(
+    draw_box(
         ax,
         x,
         middle(at['Predictions']) - 0.25,

@@ -16,7 +16,7 @@ import torch
 from ..data.dicom import read_radiograph
 from ..data.store import decode
 from ..evaluation.masks import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
-from ..evaluation.metrics import bootstrap, curve_band, evaluate
+from ..evaluation.metrics import Resampling, bootstrap, curve_band, evaluate
 from ..evaluation.predictions import row_frames
 from ..evaluation.report import COLOURS, LINES, STYLE, cell, dark_edge
 from ..evaluation.rows import mask_runs
@@ -76,12 +76,12 @@ def figure_curves(
     seed=0,
 ):
     "Figure 4: ROC and precision-recall curve of every class with 95 % bands."
-    r = bootstrap(df, n_boot, seed).set_index('metric')
+    r = bootstrap(df, Resampling(n_boot, seed)).set_index('metric')
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(1, 2, figsize=(7, 4.6))
         for k, c in enumerate(CLASSES):
             for ax, kind, m in zip(axs, ('roc', 'pr'), ('auc', 'ap')):
-                b = curve_band(df, k, kind, n_boot=n_boot, seed=seed)
+                b = curve_band(df, k, kind, how=Resampling(n_boot, seed))
                 ax.fill_between(b.x, b.lo, b.hi, color=COLOURS[c], alpha=0.13, lw=0)
                 ax.plot(b.x, b.y, color=COLOURS[c], ls=LINES[c], label=f"{c}: {cell(r.loc[f'{m}_{c}'])}")
             axs[1].axhline((df.label == k).mean(), color=COLOURS[c], ls=LINES[c], lw=0.6)
@@ -187,7 +187,8 @@ def figure_sweep(study, n_boot=2000, seed=0):
     "Figure 13: macro AUC and Dice against the weight of the segmentation loss."
     rows = weight_sweep(study)
     auc = pd.concat(
-        [evaluate(row_frames(study, r), n_boot, seed, metrics=['auc_macro']) for _, r in rows], ignore_index=True
+        [evaluate(row_frames(study, r), Resampling(n_boot, seed), metrics=['auc_macro']) for _, r in rows],
+        ignore_index=True,
     )
     dice = pd.concat(
         [evaluate_masks(mask_runs(study, r), n_boot, seed).query("metric == 'dice'") for w, r in rows if w],
@@ -275,5 +276,5 @@ def figure_labels(
 def leading(study) -> tuple:  # title, row, frames
     "The row of Table 2 with the highest macro AUC."
     rows = [(f"{r['arch']}, {r['pretrain']}", r, row_frames(study, r)) for r in study['table2']]
-    score = lambda t: np.mean([bootstrap(f, 100, metrics=['auc_macro']).value[0] for f in t[2]])
+    score = lambda t: np.mean([bootstrap(f, Resampling(100), metrics=['auc_macro']).value[0] for f in t[2]])
     return max(rows, key=score)

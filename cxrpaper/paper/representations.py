@@ -7,8 +7,6 @@ __all__ = ['NAMES', 'draw_curves', 'draw_restorations', 'figure_pretraining', 'e
            'figure_neighbours']
 
 # %% ../../nbs/appendix/paper/representations.ipynb #599983d9
-from types import SimpleNamespace
-
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +16,7 @@ from ..evaluation.report import COLOURS, MARKERS, OTHERS, STYLE
 from ..models.nets import Encoder
 from ..models.weights import load_pretrained
 from .figures import PRETRAINED, examples
-from ..runs import load_run, resolve
+from ..runs import as_parameters, load_run, resolve
 from ..schema import CLASSES
 from ..study import METHODS, pretraining_runs
 from ..training.inpainting import Holes, classical, fixed_holes, load_inpainter, restore
@@ -120,7 +118,7 @@ def encoder_embeddings(
 ) -> dict:  # pre-training -> (N,D), of the study's first architecture
     "Every radiograph of a store as the encoders see it: first as pre-training found them, then after each method."
     runs = {m: r for r, (m, _) in reversed(pretraining_runs(study).items())}
-    p = SimpleNamespace(**load_run(next(iter(pretraining_runs(study))))['params'])
+    p = as_parameters(load_run(next(iter(pretraining_runs(study))))['params'])
     encoders = {p.pretrain: starting_encoder(p)[0]} | {m: Encoder(p.arch) for m in METHODS if m in runs}
     for m in METHODS:
         if m in runs:
@@ -152,7 +150,7 @@ def figure_embedding(
         fig, axs = plt.subplots(len(embeddings), 3, figsize=(7, 2.2 * len(embeddings) + 0.5), squeeze=False)
         for line, (name, z) in zip(axs, embeddings.items()):
             at = project_2d(z, seed)
-            for ax, (column, values) in zip(line, columns.items()):
+            for ax, (_column, values) in zip(line, columns.items()):
                 for label, rows, colour, m in marks(values):
                     ax.scatter(
                         *at[rows].T,

@@ -25,6 +25,7 @@ from ..data.cohort import Cohort
 from ..data.readers import read_cohort
 from ..data.store import build_store
 from cxrpaper.evaluation.metrics import (
+    Resampling,
     bootstrap_difference,
     check_predictions,
     evaluate,
@@ -167,8 +168,8 @@ def cost(
     seed: int = 0,
 ) -> pd.DataFrame:  # metric, value, lo, hi, difference, difference_lo, difference_hi, p, n, n_patients, changed
     "What a change of the images costs, with intervals."
-    v = evaluate(changed, n_boot, seed, metrics=list(metrics)).set_index('metric')
-    d = bootstrap_difference(changed, clean, n_boot, seed, metrics=list(metrics)).set_index('metric')
+    v = evaluate(changed, Resampling(n_boot, seed), metrics=list(metrics)).set_index('metric')
+    d = bootstrap_difference(changed, clean, Resampling(n_boot, seed), metrics=list(metrics)).set_index('metric')
     a, b = (f.sort_values('image')[LOGITS].to_numpy().argmax(1) for f in (clean, changed))
     return (
         v[['value', 'lo', 'hi']]

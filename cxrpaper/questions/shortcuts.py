@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ..data.folds import assign_folds, audit_leaks, perceptual_hashes
 from ..evaluation.baselines import BASELINES, NUMBERS
 from cxrpaper.evaluation.metrics import (
+    Resampling,
     auc,
     bootstrap_difference,
     holm,
@@ -594,9 +595,9 @@ def draw_shortcuts(
 def baselines_part(s: Subject) -> dict:
     "Macro AUC minus that of each metadata baseline, paired over patients; Holm over the metadata baselines."
     d = [
-        bootstrap_difference(s.frame, baseline_frame(s.study, k), s.n_boot, s.seed, metrics=['auc_macro']).assign(
-            baseline=k
-        )
+        bootstrap_difference(
+            s.frame, baseline_frame(s.study, k), Resampling(s.n_boot, s.seed), metrics=['auc_macro']
+        ).assign(baseline=k)
         for k in BASELINES
     ]
     d = pd.concat(d, ignore_index=True)

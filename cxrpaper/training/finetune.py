@@ -14,22 +14,22 @@ PROFILES = dict(
 )
 
 # %% ../../nbs/04_finetune.ipynb #1cb9d6b7
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import fastai.callback.schedule  # adds Learner.fit_one_cycle
+import fastai.callback.schedule  # noqa: F401, adds Learner.fit_one_cycle
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
 
 from ..evaluation.masks import join, prior_logits, save_mask_scores, score_masks
-from ..evaluation.metrics import point_metrics, softmax
+from ..evaluation.metrics import Resampling, point_metrics, softmax
 from ..models.losses import BalancedBCE, BalancedCE, class_weights
 from ..models.multitask import MultiTask, MultiTaskLoss, SegmentationTargets, multitask_encoder
 from ..models.nets import Classifier, Encoder, autocast_for, describe
 from ..models.weights import load_pretrained, load_weights, run_weights, save_weights
-from ..runs import InputError, begin, finish, load_run, resolve, rng, torch_generator, write_csv
+from ..runs import InputError, as_parameters, begin, finish, load_run, resolve, rng, torch_generator, write_csv
 from ..schema import ABOUT, CLASSES
 from .augment import PRESETS, augment
 from .corpora import check_unseen
@@ -430,7 +430,7 @@ def load_model(
     run,  # folder of a finished run
 ) -> tuple:  # model in evaluation mode, its parameters
     "The trained model of a run."
-    p = SimpleNamespace(**load_run(run)['params'])
-    model, _ = make_model(SimpleNamespace(**vars(p) | dict(pretrain='none', weights=None)))
+    p = as_parameters(load_run(run)['params'])
+    model, _ = make_model(replace(p, pretrain='none', weights=None))
     load_weights(model, resolve(run) / 'weights.safetensors')
     return model.eval(), p

@@ -11,13 +11,11 @@ __all__ = ['PROFILES', 'KINDS', 'NEAR', 'FILLS', 'PORTION', 'MOST', 'Holes', 'bl
 # %% ../../nbs/03_inpainting.ipynb #75bcfd3e
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from fastai.callback.core import Callback
 from matplotlib import pyplot as plt
 from scipy.sparse import csc_matrix
@@ -28,7 +26,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from ..evaluation.metrics import percentile_interval, resampled_units
 from ..models.nets import Encoder, autocast_for
 from ..models.weights import load_weights
-from ..runs import InputError, load_run, resolve, torch_generator, write_csv
+from ..runs import InputError, as_parameters, load_run, resolve, torch_generator, write_csv
 from .augment import PRESETS, Augment, augment, uniform
 from .loop import evaluating
 from .pretraining import run_pretraining, starting_encoder
@@ -590,7 +588,7 @@ def load_inpainter(
     run,  # folder of a finished run
 ) -> Inpainter:  # in evaluation mode
     "The network of a run, with its decoder."
-    p = SimpleNamespace(**load_run(run)['params'])
+    p = as_parameters(load_run(run)['params'])
     model = Inpainter(Encoder(p.arch), p.decoder_width)
     load_weights(model, resolve(run) / 'model.safetensors')
     return model.eval()

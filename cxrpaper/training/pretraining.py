@@ -6,6 +6,7 @@
 __all__ = ['OPTIMISERS', 'pretraining_data', 'Probing', 'view', 'starting_encoder', 'run_pretraining', 'write_run']
 
 # %% ../../nbs/appendix/training/pretraining.ipynb #74a01a43
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

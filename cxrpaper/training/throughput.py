@@ -13,6 +13,7 @@ __all__ = ['KINDS', 'COLUMNS', 'THROUGHPUT', 'IMAGES', 'NOTEBOOK_MB', 'notebook_
 import ast
 import json
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,17 @@ from ..data.download import CORPORA
 from ..data.phantom import PROFILES as PHANTOMS
 from ..data.phantom import PhantomConfig, plan_cohort
 from ..models.multitask import SegmentationTargets
-from ..runs import InputError, code_digest, energy, load_run, project_root, provenance, resolve, write_csv
+from cxrpaper.runs import (
+    InputError,
+    as_parameters,
+    code_digest,
+    energy,
+    load_run,
+    project_root,
+    provenance,
+    resolve,
+    write_csv,
+)
 from ..study import grid, pretraining_runs, read_study
 from .augment import PRESETS
 from .finetune import PROFILES as FINETUNE
@@ -68,10 +79,10 @@ def notebook_defaults(kind: str) -> dict:  # a key of KINDS
 def all_params(
     kind: str,  # a key of KINDS
     params: dict,  # those that the study sets
-) -> SimpleNamespace:
+):  # frozen dataclass
     "Every parameter of a run, as its notebook would see it."
     p = notebook_defaults(kind) | params
-    return SimpleNamespace(**p | {k: v for k, v in KINDS[kind][1][p['profile']].items() if p[k] is None})
+    return as_parameters(p | {k: v for k, v in KINDS[kind][1][p['profile']].items() if p[k] is None})
 
 
 def cost_key(kind: str, p) -> tuple:  # p: from `all_params`; hashable
@@ -126,7 +137,7 @@ def learner(
     kind: str, p, device, file, n: int, timing
 ):  # p: from `all_params`; file: of the checkpoint; n: images that train, and that validate
     "The learner of a run, on made-up radiographs."
-    p = SimpleNamespace(**vars(p) | dict(pretrain='none', weights=None))
+    p = replace(p, pretrain='none', weights=None)
     data = made_up(p.px, n)
     taught = SegmentationTargets(data.masks, np.ones(n)) if kind == 'finetune' and p.multitask else None
     train, val = (
@@ -381,7 +392,7 @@ def by_throughput(
 def by_runs(study: dict):
     "Estimates from the executed notebooks of runs that are finished: the median of those that cost the same."
     took = {}
-    for run, (kind, p, key) in trainings(study).items():
+    for run, (_kind, p, key) in trainings(study).items():
         made = provenance_of(run)
         for f in resolve(run).glob('*.ipynb') if made else ():
             watts = 1e3 * made['spent']['gpu_kj'] / made['spent']['wall_s'] if made['spent']['gpu_kj'] else None
