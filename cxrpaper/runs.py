@@ -487,9 +487,10 @@ def _statements(file, stamp):  # the time of its last change is part of the key
 # %% ../nbs/appendix/machine/runs.ipynb #6cf870e2
 def code_parts(
     module: str,  # such as 'training.finetune'
+    *also,  # further (module, name) that are used
 ) -> dict:  # module -> the texts of its statements that count, in order
     "The statements that `module` is made of: all of its own, and of the modules of this package what is reached from there by name."
-    todo, seen, parts = [(module, None)], set(), {}
+    todo, seen, parts = [(module, None), *also], set(), {}
     while todo:
         where, name = todo.pop()
         if (where, name) in seen:
@@ -514,19 +515,22 @@ def code_modules(module: str) -> list:  # sorted names, itself included
     return list(code_parts(module))
 
 
-def code_digest(module: str) -> str:  # 64 hex digits
+def code_digest(module: str, *also) -> str:  # 64 hex digits
     "Digest of the statements that `module` is made of (`code_parts`)."
-    return digest(code_parts(module))
+    return digest(code_parts(module, *also))
 
 # %% ../nbs/appendix/machine/runs.ipynb #a221afa6
 def job_digest(
     module: str,  # whose notebook is executed
 ) -> str:  # 64 hex digits
-    "Digest of a notebook's own cells and of the code that its module is made of."
+    "Digest of a notebook's own cells, and of the code that its module and these cells are made of."
     cells = json.loads(notebook_of(module).read_text(encoding='utf-8'))['cells']
     own = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     own = [code_text(re.sub(r'(?m)^[%!].*$', '', s)) for s in own if not s.startswith('#| export')]
-    return digest([code_digest(module), own])
+    used = {o for s in own for o in _package_imports(ast.parse(s), '').values() if o[1] != '*'}
+    if not module.startswith('data.'):
+        used = {o for o in used if not o[0].startswith('data.')}
+    return digest([code_digest(module, *sorted(used, key=str)), own])
 
 # %% ../nbs/appendix/machine/runs.ipynb #14869350
 def energy() -> dict:  # 'gpu', 'cpu' -> joules, counted from some moment in the past

@@ -252,7 +252,7 @@ def test_bad_input_is_named():
 
 # ---------------------------------------------------------------- the notebook
 def test_papermill_writes_four_runs_and_keeps_them(tmp_path):
-    nb = project_root() / 'nbs' / '04_floors.ipynb'
+    nb = project_root() / 'nbs' / 'appendix' / 'evaluation' / 'baselines.ipynb'
 
     def mill(*p):
         return subprocess.run(

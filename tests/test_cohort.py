@@ -15,6 +15,7 @@ from cxrpaper.data import cohort as C
 from cxrpaper.data.cohort import box_statistics, clip_boxes, load_cohort, save_cohort, table_cohort, union_area
 from cxrpaper.data.folds import (
     DUPLICATE_DISTANCE,
+    HASH_SIZE,
     assign_folds,
     audit_leaks,
     duplicate_distance,
@@ -273,7 +274,7 @@ def test_audit_fires_on_a_planted_copy(radiographs):
 
 def test_near_duplicates_equals_brute_force():
     r = np.random.default_rng(0)
-    bits = r.integers(0, 2, (300, C.HASH_SIZE**2)).astype(bool)
+    bits = r.integers(0, 2, (300, HASH_SIZE**2)).astype(bool)
     bits[200] = bits[5]
     bits[201] = bits[6] ^ (r.random(bits.shape[1]) < 0.2)
     bits[202] = ~bits[7]

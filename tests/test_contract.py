@@ -39,8 +39,10 @@ def tagged(nb):
 
 
 RUNNABLE = [
-    f for f in NOTEBOOKS if 'parameters(globals()' in ''.join(map(source, cells(json.loads(f.read_text()))))
-]  # runs.ipynb shows one
+    f
+    for f in NOTEBOOKS
+    if re.search(r'\bparameters\(\s*globals\(\)', ''.join(map(source, cells(json.loads(f.read_text())))))
+]
 
 
 @pytest.fixture(scope='module')

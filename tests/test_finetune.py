@@ -57,7 +57,7 @@ P = dict(
 
 SCRIPT = '''
 import sys; from types import SimpleNamespace; sys.path.insert(0, {tests!r})
-from test_finetune import P, small; from cxrpaper.training.finetune import finetune; from cxrpaper.data.folds import assign_folds; from cxrpaper.runs import Run
+from test_finetune import P, small; from cxrpaper.training.finetune import finetune; from cxrpaper.data.folds import assign_folds; from cxrpaper.runs import Run, as_parameters
 if __name__ == '__main__':
     cohort,store = small()
     finetune(Run(sys.argv[1], P), cohort, store, assign_folds(cohort.images, 3), as_parameters(P), device='cpu')

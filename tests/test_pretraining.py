@@ -62,7 +62,9 @@ def start(method, run, **change):
     "One run, as its notebook makes it."
     p = settings(method, **change)
     data = pretraining_data(p)
-    return METHOD[method](Run(run, vars(p), dict(corpus=data.corpus.digest), code=method), data, p, device='cpu')
+    return METHOD[method](
+        Run(run, vars(p), dict(corpus=data.corpus.digest), code=f'training.{method}'), data, p, device='cpu'
+    )
 
 
 SCRIPT = '''

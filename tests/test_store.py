@@ -678,7 +678,7 @@ def test_a_script_without_guard_is_told_so(tmp_path):
 
 @needs_real
 def test_the_same_radiographs_as_dicom_give_the_same_store(tmp_path):
-    cohort = pytest.importorskip('cxrpaper.data.cohort', reason='the cohort module is not there yet')
+    cohort = pytest.importorskip('cxrpaper.data.readers')
     tree = write_siim_tree(tmp_path / 'siim', REAL)
     jpeg, dicom = cohort.read_real_cxr(REAL), cohort.read_siim(tree)
     if len(jpeg.images) != 250:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from cxrpaper.evaluation import report, rows
 from cxrpaper.evaluation.masks import STEPS, MaskScores, evaluate_masks
 from cxrpaper.evaluation.metrics import point_metrics, probabilities, read_cases, simulate_predictions
 from cxrpaper.paper import tables as T
@@ -87,7 +88,7 @@ def masks_of(seeds, n=40):  # one fold per seed: the same images and truth, othe
 
 def check(long, frames, names):
     "Each line's seeds are the point metrics of that seed alone, and their mean is its value."
-    seeds = long.set_index('metric').seeds.map(T.read_seeds)
+    seeds = long.set_index('metric').seeds.map(rows.read_seeds)
     for s, f in zip(names, frames, strict=True):
         p = point_metrics(f.label.values, probabilities(f))
         assert set(p) < set(seeds.index)
@@ -113,7 +114,7 @@ def test_table2_keeps_every_seed(study):
 
 
 def test_tables_3_to_5_keep_every_seed(study):
-    frames, long = T.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, 100, 0)
+    frames, long = rows.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, 100, 0)
     for k in frames:
         check(long[long.row == k], frames[k], SEEDS)
 
@@ -131,27 +132,29 @@ def test_masks_keep_every_seed(study):
         alone = evaluate_masks([runs], 100).set_index('metric').value
         assert len(alone) == len(own)
         np.testing.assert_array_equal(
-            own.seeds.map(lambda t: T.read_seeds(t)[s]), alone[own.index]
+            own.seeds.map(lambda t: rows.read_seeds(t)[s]), alone[own.index]
         )  # NaN where there is none
-    np.testing.assert_allclose(own.seeds.map(lambda t: np.mean(list(T.read_seeds(t).values()))), own.value, rtol=1e-12)
+    np.testing.assert_allclose(
+        own.seeds.map(lambda t: np.mean(list(rows.read_seeds(t).values()))), own.value, rtol=1e-12
+    )
     assert own.seeds['dice'] != masks[(masks.row == 'box prior')].set_index('metric').seeds['dice']
-    assert list(T.read_seeds(masks[masks.row == 'box prior'].seeds.iloc[0])) == SEEDS[:1]
+    assert list(rows.read_seeds(masks[masks.row == 'box prior'].seeds.iloc[0])) == SEEDS[:1]
 
 
 def test_other_seeds_are_noticed(study):
     "The counter-test: two seeds exchanged, or one too few."
     frames = frames_of('x', SEEDS)
     with pytest.raises(AssertionError):
-        check(T.evaluate_seeds(frames[::-1], SEEDS, 100), frames, SEEDS)
+        check(rows.evaluate_seeds(frames[::-1], SEEDS, 100), frames, SEEDS)
     with pytest.raises(ValueError):
-        T.evaluate_seeds(frames, SEEDS[:2], 100)
+        rows.evaluate_seeds(frames, SEEDS[:2], 100)
 
 
 def test_csv_keeps_all_digits(tmp_path):
     f = frames_of('x', SEEDS)
-    long = T.evaluate_seeds(f, SEEDS, 100).assign(row='x')
-    T.write_table('t', long, [T.wide(long, T.BY_CLASS)], 'c', [], tmp_path)
+    long = rows.evaluate_seeds(f, SEEDS, 100).assign(row='x')
+    report.write_table('t', long, [report.wide(long, report.BY_CLASS)], 'c', [], tmp_path)
     back = pd.read_csv(tmp_path / 't.csv')
     for s, d in zip(SEEDS, f):
         p = point_metrics(d.label.values, probabilities(d))
-        assert {m: T.read_seeds(back.set_index('metric').seeds[m])[s] for m in p} == p
+        assert {m: rows.read_seeds(back.set_index('metric').seeds[m])[s] for m in p} == p

@@ -256,8 +256,8 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
         middle(at['Predictions']) - 0.25,
         w,
         0.45,
-        f'{len(BASELINES)} metadata baselines',
-        ['no look at the', 'image content'],
+        f'{len(BASELINES)} baselines',
+        ['metadata only, no', 'image content'],
         'result',
     )
     draw_arrow(ax, (x, middle(at['Predictions'])), (width, middle(at['Predictions'])))
