@@ -250,7 +250,7 @@ def test_two_disks_are_asked_for_their_own_part(kaggle, tmp_path, monkeypatch):
 KILLED = '''
 import sys, time
 from pathlib import Path
-from cxrpaper import download as D
+from cxrpaper.data import download as D
 copy = D.shutil.copyfileobj
 def slow(source, target, n): target.write(source.read(20)); target.flush(); print('writing', flush=True); time.sleep(float(sys.argv[3])); copy(source, target, n)
 D.shutil.copyfileobj = slow

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cxrpaper.evaluation import report, rows
+from cxrpaper.evaluation import report
+from cxrpaper.evaluation import rows as R
 from cxrpaper.evaluation.masks import STEPS, MaskScores, evaluate_masks
 from cxrpaper.evaluation.metrics import point_metrics, probabilities, read_cases, simulate_predictions
 from cxrpaper.paper import tables as T
@@ -37,7 +38,9 @@ def study(monkeypatch):
         dict(arch='a', pretrain='imagenet'),
         dict(arch='a', pretrain='imagenet', multitask=True),
     ]
-    monkeypatch.setattr(T, 'row_frames', lambda s, row: frames_of(row, s['seeds']))
+    for m in (T, R):
+        if hasattr(m, 'row_frames'):
+            monkeypatch.setattr(m, 'row_frames', lambda s, row: frames_of(row, s['seeds']))
     monkeypatch.setattr(T, 'label_frames', lambda s, row, f: frames_of((row, f), s['table6']['draws']))
     monkeypatch.setattr(T, 'baseline_frame', lambda s, kind: frames_of(kind, [0])[0])
     monkeypatch.setattr(T, 'load_run', lambda r: dict(n_params=1e6, macs=1e9, n=dict(train=100)))
@@ -88,7 +91,7 @@ def masks_of(seeds, n=40):  # one fold per seed: the same images and truth, othe
 
 def check(long, frames, names):
     "Each line's seeds are the point metrics of that seed alone, and their mean is its value."
-    seeds = long.set_index('metric').seeds.map(rows.read_seeds)
+    seeds = long.set_index('metric').seeds.map(R.read_seeds)
     for s, f in zip(names, frames, strict=True):
         p = point_metrics(f.label.values, probabilities(f))
         assert set(p) < set(seeds.index)
@@ -109,12 +112,12 @@ def test_table2_keeps_every_seed(study):
     long, _, _ = T.backbone_table(study, 100)
     for row in study['table2']:
         check(long[long.row == f"{row['arch']}, {row['pretrain']}"], frames_of(row, SEEDS), SEEDS)
-    baselines = long[long.row.str.startswith('baseline')]
+    baselines = long[long.row.str.startswith('metadata baseline')]
     assert len(baselines) and (baselines.seeds == '').all()  # they have none
 
 
 def test_tables_3_to_5_keep_every_seed(study):
-    frames, long = rows.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, 100, 0)
+    frames, long = R.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, 100, 0)
     for k in frames:
         check(long[long.row == k], frames[k], SEEDS)
 
@@ -132,29 +135,27 @@ def test_masks_keep_every_seed(study):
         alone = evaluate_masks([runs], 100).set_index('metric').value
         assert len(alone) == len(own)
         np.testing.assert_array_equal(
-            own.seeds.map(lambda t: rows.read_seeds(t)[s]), alone[own.index]
+            own.seeds.map(lambda t: R.read_seeds(t)[s]), alone[own.index]
         )  # NaN where there is none
-    np.testing.assert_allclose(
-        own.seeds.map(lambda t: np.mean(list(rows.read_seeds(t).values()))), own.value, rtol=1e-12
-    )
+    np.testing.assert_allclose(own.seeds.map(lambda t: np.mean(list(R.read_seeds(t).values()))), own.value, rtol=1e-12)
     assert own.seeds['dice'] != masks[(masks.row == 'box prior')].set_index('metric').seeds['dice']
-    assert list(rows.read_seeds(masks[masks.row == 'box prior'].seeds.iloc[0])) == SEEDS[:1]
+    assert list(R.read_seeds(masks[masks.row == 'box prior'].seeds.iloc[0])) == SEEDS[:1]
 
 
 def test_other_seeds_are_noticed(study):
     "The counter-test: two seeds exchanged, or one too few."
     frames = frames_of('x', SEEDS)
     with pytest.raises(AssertionError):
-        check(rows.evaluate_seeds(frames[::-1], SEEDS, 100), frames, SEEDS)
+        check(R.evaluate_seeds(frames[::-1], SEEDS, 100), frames, SEEDS)
     with pytest.raises(ValueError):
-        rows.evaluate_seeds(frames, SEEDS[:2], 100)
+        R.evaluate_seeds(frames, SEEDS[:2], 100)
 
 
 def test_csv_keeps_all_digits(tmp_path):
     f = frames_of('x', SEEDS)
-    long = rows.evaluate_seeds(f, SEEDS, 100).assign(row='x')
+    long = R.evaluate_seeds(f, SEEDS, 100).assign(row='x')
     report.write_table('t', long, [report.wide(long, report.BY_CLASS)], 'c', [], tmp_path)
     back = pd.read_csv(tmp_path / 't.csv')
     for s, d in zip(SEEDS, f):
         p = point_metrics(d.label.values, probabilities(d))
-        assert {m: rows.read_seeds(back.set_index('metric').seeds[m])[s] for m in p} == p
+        assert {m: R.read_seeds(back.set_index('metric').seeds[m])[s] for m in p} == p
