@@ -11,10 +11,12 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from test_contract import NBS
+from test_contract import RUNNABLE as PAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-RUNNABLE = sorted(set(re.findall(r"nbs/(\w+\.ipynb)", (ROOT / 'Snakefile').read_text())))
+RUNNABLE = [f.relative_to(NBS).as_posix() for f in PAGES]
 
 
 def check_cells(name, given):
@@ -27,7 +29,7 @@ def check_cells(name, given):
         r = shell.run_cell(c.source, store_history=True, silent=False)
         if r.error_in_exec or r.error_before_exec:
             return r.error_in_exec or r.error_before_exec
-        if 'parameters(globals()' in c.source:
+        if re.search(r'\bparameters\(\s*globals\(\)', c.source):
             return None
     raise AssertionError(f'{name} never checks its parameters')
 
