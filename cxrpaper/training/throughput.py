@@ -137,7 +137,9 @@ def learner(
     kind: str, p, device, file, n: int, timing
 ):  # p: from `all_params`; file: of the checkpoint; n: images that train, and that validate
     "The learner of a run, on made-up radiographs."
-    p = replace(p, pretrain='none', weights=None)
+    p = replace(p, pretrain='none')
+    if kind == 'finetune':
+        p = replace(p, weights=None)  # no run is needed to see how fast one is
     data = made_up(p.px, n)
     taught = SegmentationTargets(data.masks, np.ones(n)) if kind == 'finetune' and p.multitask else None
     train, val = (
