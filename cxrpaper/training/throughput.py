@@ -412,7 +412,7 @@ def plan(
     estimate,  # from `by_throughput` or `by_runs`
 ) -> pd.DataFrame:  # a row per kind of training: kind, COLUMNS, epochs, runs, done, seconds (each), hours (to do), weights_mb, checkpoint_mb, watts
     "What there is to do, and what each kind of it takes; seconds are missing where they are not known."
-    digests, rows = {k: code_digest(k) for k in KINDS}, {}
+    digests, rows = {k: code_digest(f'training.{k}') for k in KINDS}, {}
     for run, (kind, p, key) in trainings(study).items():
         if (key, p.epochs) not in rows:
             rows[key, p.epochs] = (
