@@ -4,6 +4,7 @@
 import functools, shlex
 from snakemake.exceptions import WorkflowError
 from cxrpaper.runs import digest, job_digest, notebook_of, project_root
+from cxrpaper.schema import our_methods
 from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
 STUDY = config.get('study', 'config/smoke.yaml')
@@ -15,7 +16,7 @@ DATA = {k: study[k] for k in ('data_root', 'adapter')}
 DECODING = max(2, study['threads']) # processes that decode
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
-PRETRAINING = dict(moco='training.moco', inpainting='training.inpainting')
+PRETRAINING = {m: f'training.{m}' for m in our_methods()} # the modules of their notebooks
 EVALUATED = evaluated_rows(study) # the first of them in depth
 PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining'], external=EVALUATED and study['readiness']['external']).items() if v and v['phantom'] is not None} # further ones
 def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from cxrpaper.data.folds import assign_folds
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
@@ -21,7 +22,7 @@ from cxrpaper.data.store import build_store
 from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.runs import InputError, Run, as_parameters, load_run, rng
 from cxrpaper.training.finetune import finetune, fit, label_subset, make_model, predict, split_rows
-from cxrpaper.training.loop import Batches
+from cxrpaper.training.loop import Batches, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 P = dict(
@@ -52,7 +53,8 @@ P = dict(
     freeze=False,
     label_fraction=1.0,
     draw=0,
-    select='auc',
+    select='average',
+    precision=None,
 )
 
 SCRIPT = '''
@@ -115,7 +117,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, script, tmp_
             kills += 1
         p.wait()
         if checkpoint.exists():
-            epochs.append(torch.load(checkpoint, weights_only=False)['epoch'])
+            epochs.append(load_checkpoint(checkpoint)['epoch'])
     assert kills >= 1 and epochs == sorted(epochs) and epochs[0] < P['epochs'] - 1, (kills, epochs)
     p = script(str(killed))
     err = p.communicate()[1]
@@ -281,6 +283,35 @@ def test_few_labels_are_trained_on_as_long_as_all(data, tmp_path):
     Changed.images = images
     finetune(Run(tmp_path / 'b', vars(p)), cohort, Changed, folds, p, device='cpu')
     assert results(tmp_path / 'a') == results(tmp_path / 'b')
+
+
+def test_the_kept_weights_are_the_mean_of_the_second_half(data, tmp_path):
+    "Weights: the mean over epochs 3 and 4 of four; batch norm: what the training images give under these weights. Counter-test: the last epoch's differ."
+    cohort, store = data
+    rows = split_rows(cohort.images.label, assign_folds(cohort.images, 3), 0, 3)
+    kept = []
+
+    class Keep(Callback):
+        order = 70
+
+        def after_validate(self):
+            kept.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    p = as_parameters(P | dict(epochs=4))
+    model = fit(store, cohort.images, rows, p, None, cbs=[Keep()])[0]
+    got, name = {k: v.clone() for k, v in model.state_dict().items()}, 'encoder.model.conv1.0.weight'
+    for k, _ in model.named_parameters():
+        assert torch.allclose(got[k], (kept[2][k] + kept[3][k]) / 2, atol=1e-6)
+    assert not torch.allclose(got[name], kept[3][name], atol=1e-6)
+    seen = []
+    hook = model.encoder.model.bn1.register_forward_pre_hook(lambda m, x: seen.append(x[0].mean((0, 2, 3))))
+    model.train()
+    with torch.no_grad():
+        for x, *_ in Batches(store.images, rows['train'], cohort.images.label.values, p.batch_size):
+            if len(x) > 1:
+                model(x.float() / 255)
+    hook.remove()
+    assert torch.allclose(torch.stack(seen).mean(0), got['encoder.model.bn1.running_mean'], atol=1e-4)
 
 
 def test_the_last_epoch_asks_no_validation_label(data, tmp_path):

@@ -1,6 +1,7 @@
 "Inpainting: the holes that were asked for, references in float64, nothing hidden leaks, nothing is learnt where there is nothing to learn."
 
 import random
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from cxrpaper.models.nets import Encoder
 from cxrpaper.runs import InputError, rng, torch_generator
 from cxrpaper.training.augment import PRESETS
 from cxrpaper.training.inpainting import *
-from cxrpaper.training.loop import Batches, EpochRecorder, make_learner, scheduled
+from cxrpaper.training.loop import Batches, Checkpointing, EpochRecorder, make_learner, scheduled
 
 gen = lambda seed=0: torch_generator(seed, 'test')
 
@@ -337,16 +338,10 @@ def learner(images, n_val=40, file=None, size=8, lr=2e-3, seed=0, epochs=1, fill
     w = EpochRecorder(progress=False)
     y = np.zeros(len(images), int)
     net = Inpainter(Encoder('resnet10t'), 64)
-    learn = make_learner(
-        net,
-        Batches(images, range(n_val, len(images)), y, size, seed=seed),
-        Batches(images, range(n_val), y, 16),
-        InpaintingLoss(),
-        w,
-        seed,
-        checkpoint=file,
-        cbs=[Holing(Holes(), filling, PRESETS['moco_cxr'], seed=1), scheduled(lr, 'cosine'), *cbs],
-    )
+    data = Batches(images, range(n_val, len(images)), y, size, seed=seed), Batches(images, range(n_val), y, 16)
+    saving = [Checkpointing(file, w)] if file else []
+    cbs = [w, *saving, Holing(Holes(), filling, PRESETS['moco_cxr'], seed=1), scheduled(lr, 'cosine'), *cbs]
+    learn = make_learner(net, data, InpaintingLoss(), SimpleNamespace(seed=seed, weight_decay=0.0), cbs)
     try:
         learn.fit(epochs)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from test_finetune import small
 from cxrpaper.models.nets import Encoder
 from cxrpaper.runs import InputError
 from cxrpaper.training.augment import PRESETS
-from cxrpaper.training.loop import Batches, EpochRecorder, make_learner, scheduled
+from cxrpaper.training.loop import Batches, Checkpointing, EpochRecorder, make_learner, scheduled
 from cxrpaper.training.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,17 +39,9 @@ def learner(data, file=None, groups=2, how='none', progress=False, batch=16, K=3
     model = MoCo(Encoder('resnet10t'), dim=16, K=K, m=0.9, groups=groups)
     train = Batches(store.images, np.arange(48), cohort.images.label.values, batch, seed=0)
     none = Batches(store.images, [], cohort.images.label.values, batch)
-    return make_learner(
-        model,
-        train,
-        none,
-        InfoNCE(),
-        watching,
-        0,
-        file,
-        wd=1e-4,
-        cbs=[TwoViews(PRESETS[how]), scheduled(1e-3, 'steps'), *more.get('cbs', [])],
-    ), watching
+    saving = [Checkpointing(file, watching)] if file else []
+    cbs = [watching, *saving, TwoViews(PRESETS[how]), scheduled(1e-3, 'steps'), *more.get('cbs', [])]
+    return make_learner(model, (train, none), InfoNCE(), SimpleNamespace(seed=0, weight_decay=1e-4), cbs), watching
 
 
 def test_loss_and_queue_are_those_of_lightly():

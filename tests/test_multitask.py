@@ -264,7 +264,7 @@ def test_masks_follow_the_augmented_image(data):
         taught=SegmentationTargets(store.masks, np.ones(len(im), bool)),
     )
     p = as_parameters(MULTI | dict(augmentation='moco_cxr'))
-    learn = finetuner(make_model(p)[0], batches, batches, p, make_loss(p, [0, 1, 2, 3]))[0]
+    learn = finetuner(make_model(p)[0], (batches, batches), p, make_loss(p, [0, 1, 2, 3]))[0]
     cb = learn.augmenting
     learn.generator = torch_generator(0, 'augment', 0)
     learn.xb, learn.yb, learn.training = (b := next(iter(batches)))[:1], b[1:], True

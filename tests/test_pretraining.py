@@ -21,6 +21,7 @@ from cxrpaper.models.weights import load_pretrained
 from cxrpaper.runs import InputError, Run, as_parameters, load_run
 from cxrpaper.training.finetune import pretrained_file
 from cxrpaper.training.inpainting import inpainting, load_inpainter
+from cxrpaper.training.loop import load_checkpoint
 from cxrpaper.training.moco import moco
 from cxrpaper.training.pretraining import pretraining_data
 
@@ -43,6 +44,7 @@ BASE = dict(
     probe_every=2,
     augmentation='moco_cxr',
     workers=0,
+    precision=None,
     adapter='siim',
     labelled_adapter='siim',
 )
@@ -88,7 +90,7 @@ def process(folder, method, run):
         [sys.executable, script(folder), method, run],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())},  # threads are part of what a run computes
     )
 
 
@@ -124,7 +126,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, tmp_path
         assert p.poll() is None, p.stderr.read().decode()[-2000:]
         p.send_signal(signal.SIGKILL)
         p.wait()
-        epochs.append(torch.load(checkpoint, weights_only=False)['epoch'])
+        epochs.append(load_checkpoint(checkpoint)['epoch'])
     assert epochs[-1] < BASE['epochs'] - 1, epochs
     p = process(tmp_path, method, run)
     err = p.communicate()[1]

@@ -384,8 +384,8 @@ def published_state(
 # %% ../../nbs/appendix/models/weights.ipynb #9c110e7a
 def load_pretrained(
     encoder: Encoder,  # changed in place
-    pretrain: str = 'none',  # 'none', 'imagenet', 'moco', 'inpainting', or the path of a .safetensors of ours
-    weights=None,  # file (ours or published) or run folder; None: the known place ('imagenet') or the latest run ('moco', 'inpainting')
+    pretrain: str = 'none',  # 'none', 'imagenet', the name of a pre-training of ours, or the path of a .safetensors of ours
+    weights=None,  # file (ours or published) or run folder; None: the known place ('imagenet') or the latest run (ours)
     folder='data/weights',  # where ImageNet weights are looked for and kept
     progress: bool = False,  # show the download
     ok=None,  # which runs may be used, as in `run_weights`
@@ -407,16 +407,10 @@ def load_pretrained(
         source = _load_imagenet(
             encoder, imagenet_file(encoder.arch, folder, progress) if weights is None else resolve(weights), statistics
         )
-    elif pretrain in ('moco', 'inpainting'):
-        source = _load_any(encoder, run_weights(pretrain, encoder.arch, weights, ok=ok), statistics)
     elif str(pretrain).endswith('.safetensors'):
         source = _load_own(encoder, _allowed(resolve(pretrain), ok), statistics=statistics)
     else:
-        raise InputError(
-            f'{str(pretrain)!r} is not known',
-            field='pretrain',
-            hint="use 'none', 'imagenet', 'moco', 'inpainting' or the path of a .safetensors",
-        )
+        source = _load_any(encoder, run_weights(pretrain, encoder.arch, weights, ok=ok), statistics)
     return dict(
         pretrain=str(pretrain),
         **source,
@@ -523,7 +517,7 @@ def _checked(statistics):
 
 # %% ../../nbs/appendix/models/weights.ipynb #5a8d9e31
 def run_weights(
-    pretrain: str,  # 'moco' or 'inpainting'
+    pretrain: str,  # the name of a pre-training of ours
     arch: str,  # the encoder's
     weights=None,  # a file of weights or a run folder; None: the latest run, a finished one where there is one
     runs='runs',  # runs/<profile>/<pretrain>/<name>/weights.safetensors is looked for here
@@ -552,7 +546,7 @@ def run_weights(
         f'there is no {pretrain} run with {arch}{listed}',
         file=show_path(file),
         field='pretrain',
-        hint=f'run nbs/03_{pretrain}.ipynb with arch={arch} first',
+        hint=f'check the name, or run nbs/03_{pretrain}.ipynb with arch={arch} first',
     )
 
 

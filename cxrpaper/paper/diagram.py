@@ -22,8 +22,8 @@ from ..evaluation.reported import made_tables
 from ..models.multitask import MultiTask, multitask_encoder
 from ..models.nets import Classifier, Encoder
 from ..runs import InputError, resolve
-from ..schema import CLASSES
-from ..study import METHODS, all_rows, evaluated_rows, grid, pretraining_runs
+from ..schema import CLASSES, METHODS, our_methods
+from ..study import all_rows, evaluated_rows, grid, pretraining_runs
 from ..training.inpainting import Inpainter
 from ..training.moco import MoCo
 from ..training.throughput import all_params
@@ -64,7 +64,7 @@ def run_facts(study) -> dict:  # counts of runs
         models=len(runs) - len(labels),
         labels=len(labels),
         pretraining=len(pretraining_runs(study)),
-        methods=[m for m in METHODS if any(r['pretrain'] == m for r in all_rows(study))],
+        methods=[m for m in our_methods() if any(r['pretrain'] == m for r in all_rows(study))],
         corpus=corpus,
         tables=len(made_tables(study)) + bool(evaluated_rows(study)),
         evaluated=len(evaluated_rows(study)),
@@ -118,7 +118,7 @@ def model_facts(study) -> dict:  # arch, px, maps, single, multi, moco, inpainti
         blocks=block_shapes(multi, px),
     )
     asked = dict(pretraining_runs(study).values())
-    m, i = (given(k, asked.get(k, {})) for k in METHODS)
+    m, i = (given(k, asked.get(k, {})) for k in ('moco', 'inpainting'))
     net, fill = (
         MoCo(Encoder(arch), m.dim, m.queue, m.momentum, m.temperature),
         Inpainter(Encoder(arch), i.decoder_width),
@@ -242,10 +242,7 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
             w,
             0.5,
             'Pre-training',
-            [
-                ', '.join(dict(moco='MoCo', inpainting='inpainting')[m] for m in r['methods']),
-                f'{k} run{"s" * (k != 1)}',
-            ],
+            [', '.join(METHODS[m].title for m in r['methods']), f'{k} run{"s" * (k != 1)}'],
             'learns',
         )
         draw_arrow(ax, (x + w / 2, corpus[1]), (x + w / 2, pre[3]))

@@ -128,7 +128,7 @@ CLAIM = [  # (item, answer)
     ),
     (
         'partitions',
-        '{n_folds} folds, stratified by class; of each model three fifths or more train, one fold selects, one tests (04_finetune)',
+        '{n_folds} folds, stratified by class; of each model three fifths or more train, one fold validates and calibrates, one tests (04_finetune)',
     ),
     ('level of disjoint partitions', 'patient, and copies by perceptual hash (01_data, table8)'),
     ('the model', '02_models, appendix/models/multitask: {arch}, {parameters} parameters'),
@@ -140,7 +140,7 @@ CLAIM = [  # (item, answer)
     ),
     (
         'selection of the model',
-        'epoch by {select} on the validation fold; the evaluated row is named in the study file before results are known',
+        'weights that are kept: {select} (04_finetune); the evaluated row is named in the study file before results are known',
     ),
     ('ensembling', 'none'),
     ('metrics', '05_metrics'),

@@ -19,17 +19,8 @@ from ..evaluation.predictions import baseline_frame, baseline_path, label_frames
 from ..evaluation.report import BASELINE_NAMES, BY_CLASS, MAIN, cell, wide
 from ..evaluation.rows import differences, evaluate_mask_seeds, evaluate_seeds, evaluated, mask_runs
 from ..runs import InputError, load_run, resolve, show_path
-from ..schema import CLASSES
-from cxrpaper.study import (
-    METHODS,
-    evaluated_rows,
-    grid,
-    label_runs,
-    pretrain_title,
-    pretraining_runs,
-    row_runs,
-    row_title,
-)
+from ..schema import CLASSES, our_methods
+from ..study import evaluated_rows, grid, label_runs, pretrain_title, pretraining_runs, row_runs, row_title
 
 # %% ../../nbs/06_tables.ipynb #b9a99de2
 def needed_runs(study: dict) -> list:
@@ -168,7 +159,7 @@ def against(
     pairs += [
         (k, by.get(('imagenet', r['arch'], bool(r.get('multitask')))), 'ImageNet')
         for k, r in rows.items()
-        if r['pretrain'] in METHODS
+        if r['pretrain'] in our_methods()
     ]
     return [p for p in pairs if p[1]]
 
@@ -248,7 +239,7 @@ def label_pairs(
 ) -> list:  # ((title, share), (title, share), question)
     "Ours against ImageNet at the same share and mode; ours with few labels against all labels from scratch."
     by = {(r['pretrain'], r['arch'], bool(r.get('freeze'))): k for k, r in rows.items()}
-    own = [(k, r) for k, r in rows.items() if r['pretrain'] in METHODS]
+    own = [(k, r) for k, r in rows.items() if r['pretrain'] in our_methods()]
     pairs = [
         ((k, f), (by.get(('imagenet', r['arch'], bool(r.get('freeze')))), f), 'ImageNet')
         for k, r in own
