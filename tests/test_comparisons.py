@@ -8,12 +8,8 @@ from sklearn import metrics as sk
 from cxrpaper.data.phantom import READERS
 from cxrpaper.evaluation.comparisons import (
     agreement_ceiling,
-    auc_difference,
-    auc_interval,
     kappa,
     kappa_of,
-    mcnemar,
-    paired_tests,
     panel_ceiling,
     rejection_rate,
     simulate_models,
@@ -71,53 +67,6 @@ def test_delong_is_the_loop_over_pairs(seed):
         r = delong_test(y, *s, who)
         assert [r['auc_a'], r['auc_b']] == pytest.approx([one, two], abs=1e-12)
         assert r['se'] ** 2 == pytest.approx(max(c[0][0] + c[1][1] - 2 * c[0][1], 0), abs=1e-12)
-        single = auc_interval(y, s[0], who)
-        assert single['auc'] == pytest.approx(sk.roc_auc_score(y, s[0]), abs=1e-12) and single[
-            'se'
-        ] ** 2 == pytest.approx(c[0][0], abs=1e-12)
-        assert 0 < single['lo'] < single['auc'] < single['hi'] < 1
-
-
-def test_auc_interval_turns_with_the_score_and_knows_when_it_cannot_be():
-    g = np.random.default_rng(0)
-    y = np.arange(40) < 15
-    s = g.normal(size=40) + y
-    up, down = auc_interval(y, s), auc_interval(y, -s)
-    assert (up['lo'], up['hi']) == pytest.approx((1 - down['hi'], 1 - down['lo']), abs=1e-12)
-    assert np.isnan([auc_interval(y, y.astype(float))[k] for k in ('lo', 'hi')]).all()
-    narrow = auc_interval(np.tile(y, 4), np.tile(s, 4))
-    same = auc_interval(np.tile(y, 4), np.tile(s, 4), np.tile(np.arange(40), 4))
-    assert narrow['hi'] - narrow['lo'] < 0.6 * (up['hi'] - up['lo']), 'four copies look like four times the evidence'
-    assert same['se'] == pytest.approx(up['se'], rel=0.02), 'but not to whoever knows the patients'
-
-
-def test_auc_difference_is_a_plain_loop():
-    g = np.random.default_rng(1)
-    who = np.repeat(np.arange(30), 2)
-    y = g.random(30)[who] < 0.4
-    a, b = g.normal(size=(2, 60)) + y
-    got = auc_difference(y, a, b, who, 150, seed=3)
-    d = []
-    for q in np.hstack(list(resampled_units(30, 150, 3))).T.astype(int):
-        i = np.concatenate([np.tile(np.flatnonzero(who == k), n) for k, n in enumerate(q)])
-        d.append(sk.roc_auc_score(y[i], a[i]) - sk.roc_auc_score(y[i], b[i]))
-    assert (got['lo'], got['hi']) == pytest.approx(tuple(np.quantile(d, [0.025, 0.975])), abs=1e-12)
-    back = auc_difference(y, b, a, who, 150, seed=3)
-    assert (
-        back['difference'] == -got['difference'] and back['p'] == got['p'] and back['lo'] == pytest.approx(-got['hi'])
-    )
-    assert auc_difference(y, a, a, who, 50)['p'] == 1
-
-
-def test_auc_difference_is_bootstrap_difference_of_frames():
-    a, b = simulate_models(80, 1, 2.0, gain=0.4)
-    want = bootstrap_difference(a, b, Resampling(100, 5, unit='patient'), metrics=['auc_typical']).iloc[0]
-    p = [probabilities(f.sort_values('image'))[:, 1] for f in (a, b)]
-    f = a.sort_values('image')
-    got = auc_difference(f.label == 1, *p, f.patient, 100, seed=5)
-    assert [got[k] for k in ('difference', 'lo', 'hi', 'p')] == pytest.approx(
-        [want[k] for k in ('difference', 'lo', 'hi', 'p')], abs=1e-12
-    )
 
 
 def swap_p(y, a, b, who, g, n=1500):
@@ -138,28 +87,12 @@ def test_swapping_models_patient_by_patient_agrees(images):
         a, b = simulate_models(100, seed, images, gain=0.3)
         _, who = np.unique(a.patient, return_inverse=True)
         y = (a.label == 1).to_numpy()
-        p = paired_tests(y, a.logit_1.to_numpy(), b.logit_1.to_numpy(), who, 800)
-        swap = swap_p(y, a.logit_1.to_numpy(), b.logit_1.to_numpy(), who, g)
-        assert abs(p['DeLong, patients'] - swap) < 0.07 and abs(p['bootstrap, patients'] - swap) < 0.09
-        far.append(abs(p['DeLong, images'] - swap))
+        one, two = (probabilities(d)[:, 1] for d in (a, b))
+        boot = bootstrap_difference(a, b, Resampling(800), metrics=['auc_typical']).p[0]
+        swap = swap_p(y, one, two, who, g)
+        assert abs(delong_test(y, one, two, who)['p'] - swap) < 0.07 and abs(boot - swap) < 0.09
+        far.append(abs(delong_test(y, one, two)['p'] - swap))
     assert max(far) < 0.07 if images == 1 else max(far) > 0.07
-
-
-def test_scores_that_do_not_belong_together_are_refused():
-    y, s, who = np.array([True, False, True, False]), np.array([0.9, 0.1, 0.4, 0.6]), np.arange(4)
-    bad = np.where(y, s, np.nan)
-    for ask in (
-        lambda: auc_difference(y, s[1:], s, who),
-        lambda: auc_difference(y, s, s, who[1:]),
-        lambda: auc_difference(y, s, bad, who),
-        lambda: auc_interval(y, bad),
-        lambda: auc_interval(y, s, who[1:]),
-        lambda: auc_interval(y, s, level=95),
-        lambda: rejection_rate([0.01], alpha=5),
-    ):
-        with pytest.raises(InputError):
-            ask()
-    assert auc_interval(y.tolist(), s.tolist())['auc'] == auc_interval(y, s)['auc'] == 0.75
 
 
 # ---------------------------------------------------------------- planted truths
@@ -184,33 +117,6 @@ def test_rejection_rate():
     assert (ci['lo'], ci['hi']) == pytest.approx((centre - half, centre + half))
     with pytest.raises(InputError, match='no p value'):
         rejection_rate([])
-
-
-# ---------------------------------------------------------------- McNemar
-@pytest.mark.parametrize('i,j', [(0, 0), (1, 0), (3, 3), (2, 9), (15, 6), (40, 41)])
-def test_mcnemar_is_the_coin(i, j):
-    a, b = (
-        np.array([True] * i + [False] * j + [True] * 5 + [False] * 2),
-        np.array([False] * i + [True] * j + [True] * 5 + [False] * 2),
-    )
-    r = mcnemar(a, b)
-    n = i + j
-    assert (r['only_a'], r['only_b']) == (i, j) and r['difference'] == pytest.approx((i - j) / len(a))
-    assert r['p_exact'] == pytest.approx(stats.binomtest(i, n).pvalue if n else 1)
-    mid = sum(
-        stats.binom.pmf(k, n, 0.5) * (0.5 if abs(2 * k - n) == abs(i - j) else 1.0)
-        for k in range(n + 1)
-        if abs(2 * k - n) >= abs(i - j)
-    )
-    assert r['p_mid'] == pytest.approx(mid if i != j else 1) and r['p_mid'] <= r['p_exact'] <= 1
-    swapped = mcnemar(b, a)
-    assert swapped['p_exact'] == r['p_exact'] and swapped['difference'] == -r['difference']
-
-
-@pytest.mark.parametrize('a,b', [([True], [True, False]), ([1, 0], [True, False]), ([], [])])
-def test_mcnemar_refuses(a, b):
-    with pytest.raises(InputError):
-        mcnemar(np.array(a), np.array(b))
 
 
 # ---------------------------------------------------------------- kappa and ceilings

@@ -9,7 +9,6 @@ import pytest
 from cxrpaper.evaluation.metrics import simulate_predictions, softmax
 from cxrpaper.questions.decisions import (
     TARGETS,
-    adjust_priors,
     aurc,
     class_shares,
     confidence_for,
@@ -331,15 +330,6 @@ def test_curve_of_predictive_values():
     assert (wide.eval('ppv_hi - ppv_lo') > curve.eval('ppv_hi - ppv_lo')).all()
 
 
-def test_adjusting_there_and_back():
-    p = softmax(np.random.default_rng(1).normal(size=(40, 4)))
-    old, new = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.7, 0.1, 0.1, 0.1])
-    assert np.allclose(adjust_priors(p, old, old), p, atol=1e-15) and np.allclose(
-        adjust_priors(adjust_priors(p, old, new), new, old), p, atol=1e-12
-    )
-    assert (adjust_priors(p, old, [1, 0, 0, 0]) == [1, 0, 0, 0]).all()
-
-
 def test_estimated_shares_are_the_likeliest():
     g = np.random.default_rng(2)
     df = simulate_predictions(800, 3, images=1.0, shares=(0.6, 0.1, 0.1, 0.2))
@@ -385,7 +375,7 @@ def test_estimated_shares_are_the_likeliest():
         (lambda d: selective_summary(d.assign(c='high'), 'c'), 'c: high in image'),
         (lambda d: predictive_values(0.9, 90, 0.1), 'specificity: '),
         (lambda d: class_shares(d, [0.5, 0.5, 0, 0]), 'old: '),
-        (lambda d: adjust_priors(np.full((2, 4), 0.25), [0.25] * 4, [0.5] * 4), 'new: '),
+        (lambda d: estimate_priors(np.full((2, 4), 0.25), [0.5] * 4), 'old: '),
         (
             lambda d: estimate_priors(softmax(9 * np.eye(4)[[0, 0, 1, 2, 3]]), [0.25] * 4, max_iter=1),
             'p: shares still move',

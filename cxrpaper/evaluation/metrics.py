@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predict
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'Cases', 'read_cases',
            'pool_folds', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict', 'evaluate', 'bootstrap',
-           'bootstrap_difference', 'placements', 'delong', 'delong_test', 'delong_by_class', 'holm',
-           'benjamini_hochberg', 'roc_points', 'pr_points', 'curve_band']
+           'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points', 'pr_points',
+           'curve_band']
 
 # %% ../../nbs/05_metrics.ipynb #259f4329
 import sys
@@ -611,37 +611,17 @@ def delong_test(
     half = stats.norm.ppf((1 + level) / 2) * se
     return dict(auc_a=one, auc_b=two, difference=d, se=se, lo=d - half, hi=d + half, z=z, p=2 * stats.norm.sf(abs(z)))
 
-
-def delong_by_class(df_a, df_b, unit='group', level=0.95, leaky=False) -> pd.DataFrame:  # one row per class
-    "`delong_test` of two predictions frames for each class against the others."
-    a, b = _aligned([df_a, df_b], unit, leaky)
-    rows = {
-        f'auc_{c}': delong_test(a.y == k, a.p[:, k], b.p[:, k], a.unit, level)
-        for k, c in enumerate(CLASSES)
-        if 0 < (a.y == k).sum() < len(a.y)
-    }
-    return pd.DataFrame(rows).T.rename_axis('metric').reset_index()
-
 # %% ../../nbs/05_metrics.ipynb #5b2695be
-def _adjust(p, adjust):  # adjust works on sorted, defined p
+def holm(p) -> np.ndarray:  # (M,) p values, NaN where nothing was tested -> (M,) adjusted
+    "Holm's step-down adjustment: controls the family-wise error rate."
     p = np.asarray(p, float)
-    out = np.full(p.shape, np.nan)
     ok = np.flatnonzero(~np.isnan(p))
     if ((p[ok] < 0) | (p[ok] > 1)).any():
         raise InputError('p outside [0, 1]', field='p', hint='give probabilities')
     order = ok[np.argsort(p[ok], kind='stable')]
-    out[order] = np.minimum(adjust(p[order], np.arange(1, len(ok) + 1), len(ok)), 1)
+    out = np.full(p.shape, np.nan)
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(ok), 0, -1)), 1)
     return out
-
-
-def holm(p) -> np.ndarray:  # (M,) p values -> (M,) adjusted
-    "Holm's step-down adjustment: controls the family-wise error rate."
-    return _adjust(p, lambda s, i, m: np.maximum.accumulate(s * (m - i + 1)))
-
-
-def benjamini_hochberg(p) -> np.ndarray:  # (M,) p values -> (M,) adjusted
-    "Benjamini and Hochberg's step-up adjustment: controls the false discovery rate."
-    return _adjust(p, lambda s, i, m: np.minimum.accumulate((s * m / i)[::-1])[::-1])
 
 # %% ../../nbs/05_metrics.ipynb #49b57253
 def roc_points(positive, score, w):  # (N,) bool; (N,); (N,B)

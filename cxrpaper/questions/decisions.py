@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'FORMS', 'GRID', 'decision_rows', 'outcome', 'resampled', 
            'operating_samples', 'operating_points', 'net_benefit', 'decision_curve', 'draw_decision_curve',
            'errors_kept', 'aurc', 'mistakes', 'selective_summary', 'risk_at', 'risk_coverage', 'confidence_for',
            'referral', 'draw_risk_coverage', 'predictive_values', 'predictive_value_curve', 'draw_predictive_values',
-           'adjust_priors', 'estimate_priors', 'class_shares', 'decisions_part', 'sensitivity_rule', 'benefit_rule',
+           'check_priors', 'estimate_priors', 'class_shares', 'decisions_part', 'sensitivity_rule', 'benefit_rule',
            'referral_rule', 'figure_use']
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #8f4ff31e
@@ -538,32 +538,14 @@ def draw_predictive_values(
     ax.set(xlabel='prevalence', ylabel='predictive value', xlim=(0, 1), ylim=(0, 1.02))
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #0fa9f840
-def _priors(name, v, k):  # (k,) shares above zero that sum to 1
+def check_priors(v, k: int) -> np.ndarray:  # (k,)
+    "Class shares above zero that sum to 1, as floats; InputError for others."
     v = np.asarray(v, float)
-    if (
-        v.shape != (k,)
-        or not np.isfinite(v).all()
-        or (v < 0).any()
-        or abs(v.sum() - 1) > 1e-6
-        or (name == 'old' and (v == 0).any())
-    ):
+    if v.shape != (k,) or not np.isfinite(v).all() or (v <= 0).any() or abs(v.sum() - 1) > 1e-6:
         raise InputError(
-            f'{v.tolist()} are not {k} class shares',
-            field=name,
-            hint='give shares that sum to 1' + (', none of them 0' if name == 'old' else ''),
+            f'{v.tolist()} are not {k} class shares', field='old', hint='give shares that sum to 1, none of them 0'
         )
     return v
-
-
-def adjust_priors(
-    p: np.ndarray,  # (N,K) calibrated probabilities
-    old,  # (K,) class shares they were learnt with
-    new,  # (K,) class shares where they are used
-) -> np.ndarray:  # (N,K)
-    "Probabilities for other class shares, by Bayes' rule."
-    k = np.shape(p)[1]
-    q = p * (_priors('new', new, k) / _priors('old', old, k))
-    return q / q.sum(1, keepdims=True)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #53d3d570
 def estimate_priors(
@@ -574,7 +556,7 @@ def estimate_priors(
     max_iter: int = 5000,
 ) -> np.ndarray:  # (K,B)
     "Class shares of unlabelled images by expectation-maximisation, for all resamples at once."
-    old = _priors('old', old, np.shape(p)[1])
+    old = check_priors(old, np.shape(p)[1])
     ratio, w = p / old, np.ones((len(p), 1)) if w is None else w
     new = np.repeat(old[:, None], w.shape[1], 1)
     for _ in range(max_iter):

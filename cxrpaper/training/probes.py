@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'check_embeddings', 'normalise', 'nearest', 'group_codes', 'check_enough', 'neighbours', 'check_labels',
-           'knn_scores', 'grouped_folds', 'fit_linear', 'choose_C', 'linear_scores', 'probe', 'permute_labels',
-           'alignment', 'uniformity', 'collapse_statistics', 'collapsed', 'Collapse', 'check_collapse', 'project_2d']
+           'knn_scores', 'grouped_folds', 'fit_linear', 'choose_C', 'linear_scores', 'probe', 'alignment', 'uniformity',
+           'collapse_statistics', 'collapsed', 'Collapse', 'project_2d']
 
 # %% ../../nbs/appendix/training/probes.ipynb #c0e87181
 import warnings
@@ -254,20 +254,6 @@ def probe(
         f'{name}_{m}': v for name, p in scores.items() for m, v in point_metrics(y, p).items() if m.startswith('auc')
     }
 
-# %% ../../nbs/appendix/training/probes.ipynb #33779c27
-def permute_labels(
-    y,
-    groups,  # (N,), (N,)
-    seed: int = 0,
-) -> np.ndarray:  # (N,)
-    "Labels exchanged between groups of equal size; a group without a partner keeps its own."
-    y, (code, _) = np.asarray(y), group_codes(groups, groups, len(y), len(y))
-    g, out, order, size = rng(seed, 'permute labels'), np.array(y), np.argsort(code, kind='stable'), np.bincount(code)
-    for n in np.unique(size):
-        rows = order[size[code[order]] == n].reshape(-1, n)  # one row per group
-        out[rows] = y[g.permutation(rows)]
-    return out
-
 # %% ../../nbs/appendix/training/probes.ipynb #a4451c58
 def alignment(
     a,
@@ -360,18 +346,6 @@ class Collapse(InputError):
 
     def __reduce__(self):
         return type(self), (self.reason, self.stats, self.where)
-
-
-def check_collapse(
-    x,  # (N,D), N at least 17, D at least 16
-    where=None,  # run and epoch
-    **limits,  # of `collapsed`
-) -> dict:  # statistics
-    "The statistics of embeddings; raises `Collapse` where they have collapsed."
-    stats = collapse_statistics(x)
-    if reason := collapsed(stats, **limits):
-        raise Collapse(reason, stats, where)
-    return stats
 
 # %% ../../nbs/appendix/training/probes.ipynb #f0f80502
 def project_2d(
