@@ -185,7 +185,7 @@ rule results: # the page that shows them all, when all are there
 rule data:
     input: nb=page('data.download')
     output: f'{RUNS}/data.ipynb'
-    params: code=code('data.download'), y=yaml_for(root=study['data_root'], corpus=study['adapter'] if study['adapter'] in ('siim', 'chestxray14', 'chexpert') and not PHANTOM else None)
+    params: code=code('data.download'), y=yaml_for(root=study['data_root'], corpus=None if PHANTOM or study['adapter'] == 'auto' else study['adapter'])
     log: f'{RUNS}/logs/data.log'
     shell: CPU
 

@@ -140,7 +140,7 @@ def test_verdict_needs_patients_and_a_p():
         'not found',
         'found, the other way round',
     ]
-    assert verdict(1, 1e-9, 9) == verdict(1, np.nan, 99) == 'not shown: too few patients'
+    assert verdict(1, 1e-9, 9) == verdict(1, np.nan, 99) == 'inconclusive: too few patients'
 
 
 # ---------------------------------------------------------------- two tasks
@@ -265,10 +265,10 @@ def test_label_noise_fires_above_its_null_only():
 def test_without_trust_nothing_is_acquitted():
     d = simulate_labels(300, 1, separation=3.0)
     assert (
-        label_noise(d, 30).verdict == 'not shown: scaled on labels of the same kind'
+        label_noise(d, 30).verdict == 'inconclusive: scaled on labels of the same kind'
         and label_noise(d, 30, trusted=True).verdict == 'not found'
     )
-    assert label_noise(simulate_labels(60, 1), 30, trusted=True).verdict == 'not shown: too few patients'
+    assert label_noise(simulate_labels(60, 1), 30, trusted=True).verdict == 'inconclusive: too few patients'
 
 
 def test_the_bound_holds_where_its_assumption_does():

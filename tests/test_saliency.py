@@ -279,10 +279,10 @@ def test_verdicts():
     assert all(say[k].startswith('not found') for k in ('prior', 'mirrored', 'point'))
     assert saliency_verdict(t, 'mirrored', ceiling='coarse') == say['mirrored'] and saliency_verdict(
         t, 'mirrored', ceiling='point'
-    ).startswith('not shown')
+    ).startswith('inconclusive')
     assert saliency_verdict(t, 'own', ceiling='point') == say['own'] and saliency_verdict(
         t, 'own', min_patients=31
-    ).startswith('not shown: too few')
+    ).startswith('inconclusive: too few')
 
 
 # ---------------------------------------------------------------- sanity

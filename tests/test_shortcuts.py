@@ -79,7 +79,7 @@ def test_verdicts():
     assert (
         S.verdict(0.5, 0.4, 0.65, 0.5, 0.6)
         == S.verdict(np.nan, np.nan, np.nan, 0.5, 0.6)
-        == 'not shown: too few patients'
+        == 'inconclusive: too few patients'
     )
 
 

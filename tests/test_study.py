@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import yaml
+
+from cxrpaper.questions.subject import ANSWERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -38,14 +42,59 @@ STUDY = dict(
     pretraining=dict(phantom=dict(n_patients=40, px=96, seed=4), data_root=None, adapter='siim'),
     moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32),
     inpainting=dict(epochs=1, pretrain='none', batch_size=8),
-    table4=[SINGLE, SINGLE | dict(pretrain='moco')],
+    table4=[SINGLE, SINGLE | dict(pretrain='moco'), SINGLE | dict(pretrain='rotation')],
+    rotation=dict(epochs=1, pretrain='none', batch_size=8),
     table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[0.5], draws=[0]),
     readiness=dict(
         rows=[SINGLE, SINGLE | dict(multitask=True)],
         splits=['image'],
-        external=dict(phantom=dict(n_patients=30, px=96, seed=5), data_root=None, adapter='siim'),
+        external=dict(phantom=None, data_root='data/sorted', adapter='by_class'),
     ),
 )
+
+
+def add_made_up(root):
+    "What appendix/machine/adding adds, as it says: a data set, a pre-training and a question; the notebooks that change."
+    texts = []
+    for cell in nbformat.read(root / 'nbs/appendix/machine/adding.ipynb', 4).cells:
+        texts += [cell.source] if cell.cell_type == 'code' else re.findall(r'```python\n(.*?)```', cell.source, re.S)
+    new, changed = {}, set()
+    for text in texts:
+        if not (m := re.match(r'(?:#\|.*\n)?# (nbs/\S+\.ipynb),? (exports|in|parameters|last cell) ?(\S*)\n', text)):
+            continue
+        file, what, name = m.groups()
+        body = text[m.end() :]
+        if what == 'in':
+            register(root / file, name, body)
+            changed.add(file)
+        elif what == 'exports':
+            new[file] = [f'#| default_exp {name}', '#| export\n' + body]
+        else:
+            new[file].insert(1 if what == 'parameters' else len(new[file]), body)
+    for file, cells in new.items():
+        kernel = dict(kernelspec=dict(name='python3', language='python', display_name='Python 3'))
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=kernel)
+        nb.cells.insert(0, nbformat.v4.new_markdown_cell(f'# {Path(file).stem}\n> made up'))
+        for c in nb.cells:
+            c.metadata.tags = ['parameters'] if c.source.startswith('profile: str') else []
+        nbformat.write(nb, root / file)
+    subprocess.run([BIN / 'nbdev_export'], cwd=root, env=environment(root), check=True)
+    return set(new), changed
+
+
+def register(notebook, name, line):
+    "Put a line first into the dict or list `name` that a notebook exports, and its imports before it."
+    nb = nbformat.read(notebook, 4)
+    (cell,) = (c for c in nb.cells if re.search(rf'^{name} = (dict\(|\[)', c.source, re.M))
+    imports = ''.join(s for s in line.splitlines(True) if s.startswith('from '))
+    entry = line.removeprefix(imports)
+    start = re.search(rf'^{name} = (dict\(|\[)[^\n]*\n', cell.source, re.M)
+    at = len(cell.source) if name == 'METHODS' else start.end()
+    if name == 'METHODS':  # positions are colours: a new method comes last
+        at = cell.source.index('\n)', start.end()) + 1
+    cell.source = cell.source[:at] + entry + cell.source[at:]
+    cell.source = cell.source.replace('#| export\n', '#| export\n' + imports, 1)
+    nbformat.write(nb, notebook)
 
 
 def clone(to, like=None):
@@ -56,14 +105,27 @@ def clone(to, like=None):
     for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock'):
         shutil.copy2(ROOT / f, to / f)
     (to / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(STUDY))
+    add_made_up(to)
     if like:
-        shutil.copytree(like / 'data' / 'tiny', to / 'data' / 'tiny')
+        for d in ('tiny', 'sorted'):
+            shutil.copytree(like / 'data' / d, to / 'data' / d)
         return to
-    code = (
-        "from cxrpaper.data.phantom import *; write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')"
-    )
-    subprocess.run([sys.executable, '-c', code], cwd=to, env=environment(to), check=True)
+    subprocess.run([sys.executable, '-c', DATA], cwd=to, env=environment(to), check=True)
     return to
+
+
+DATA = """
+from pathlib import Path
+from cxrpaper.data.phantom import PhantomConfig, write_phantom
+from cxrpaper.data.readers import read_cohort
+from cxrpaper.schema import CLASSES
+write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), 'data/tiny')
+c = read_cohort(write_phantom(PhantomConfig(n_patients=30, px=96, seed=5), 'data/other'))
+for r in c.images.itertuples():
+    to = Path('data/sorted') / CLASSES[r.label] / f'{r.image}.dcm'
+    to.parent.mkdir(parents=True, exist_ok=True)
+    (c.root / r.path).rename(to)
+"""
 
 
 def environment(root):
@@ -122,6 +184,19 @@ def test_every_table_and_figure_is_there(whole):
     assert {'auc_macro', 'ap_macro', 'f1_macro', 'balanced_accuracy', 'study_map', 'auc_atypical'} <= set(t.metric)
     for run in t.runs.str.split().explode().unique():
         assert json.loads((whole / run / 'provenance.json').read_text())['key']
+
+
+def test_what_was_added_is_in_the_results(whole):
+    "The made-up pre-training in Table 4, the made-up question in Table 7, the made-up data set as the other hospital."
+    t4, t7 = (pd.read_csv(whole / 'figures' / f'table{k}.csv') for k in (4, 7))
+    row = t4[t4.row.str.contains('rotation') & (t4.metric == 'auc_macro')]
+    assert len(row) and row.value.between(0, 1).all()
+    run = json.loads((whole / row.runs.iloc[0].split()[0] / 'provenance.json').read_text())
+    assert run['pretrained']['pretrain'] == 'rotation' and run['params']['pretrain'] == 'rotation'
+    made = json.loads((whole / run['params']['weights'] / '..' / 'provenance.json').resolve().read_text())
+    assert made['corpus']['used'] > 0
+    asked = t7[t7.question == 'surer where right?']
+    assert len(asked) == 1 and asked.answer.iloc[0] in ANSWERS
 
 
 def test_a_number_can_be_followed_back(whole):

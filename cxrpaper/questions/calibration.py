@@ -522,7 +522,7 @@ def calibration_rule(p):
     r = d[(d.scaling == 'temperature') & (d.of == 'top')].iloc[0]
     return (
         f'root mean square {r.rms:.3f} ({r.lo:.3f} to {r.hi:.3f})',
-        'passed' if r.hi <= 0.05 else 'not passed' if r.lo > 0.05 else 'not shown',
+        'passed' if r.hi <= 0.05 else 'not passed' if r.lo > 0.05 else 'inconclusive',
     )
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #212ab80e

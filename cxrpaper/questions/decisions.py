@@ -630,7 +630,9 @@ def referral_rule(p):
     d = p['referral']
     d = d[d.form == 'validation'].set_index('metric')
     r, a = d.loc['referred'], d.loc['accuracy']
-    answer = 'passed' if r.hi <= 0.5 and a.value >= 0.8 else 'not passed' if r.lo > 0.5 or a.hi < 0.8 else 'not shown'
+    answer = (
+        'passed' if r.hi <= 0.5 and a.value >= 0.8 else 'not passed' if r.lo > 0.5 or a.hi < 0.8 else 'inconclusive'
+    )
     return f'referred {cell(r)}, accuracy of the rest {cell(a)}', answer
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #223a9608

@@ -45,9 +45,9 @@ def verdict(
     n_least: int,  # patients of the rarest class involved
     alpha: float = 0.05,
 ) -> str:
-    "Found, not found, or not shown."
+    "Found, not found, or inconclusive."
     if n_least < LEAST or np.isnan(p):
-        return 'not shown: too few patients'
+        return 'inconclusive: too few patients'
     if p >= alpha:
         return 'not found'
     return 'found' if difference > 0 else 'found, the other way round'
@@ -362,7 +362,7 @@ def label_noise(
     above = (1 + (null >= seen).sum()) / (n_draws + 1)
     share, expected, says = seen / len(y), null.mean() / len(y), verdict(1, above, least)
     if says == 'not found' and not trusted:
-        says = 'not shown: scaled on labels of the same kind'
+        says = 'inconclusive: scaled on labels of the same kind'
     return pd.Series(
         dict(
             flagged=share,
@@ -657,7 +657,7 @@ def labels_rule(p):
     r = p['label_noise'].iloc[0]
     return (
         f'{r.flagged:.0%} of the labels in doubt, {r.expected:.0%} ({r.lo:.0%} to {r.hi:.0%}) expected of this model: {r.verdict}',
-        'not passed' if r.verdict == 'found' else 'passed' if r.verdict == 'not found' else 'not shown',
+        'not passed' if r.verdict == 'found' else 'passed' if r.verdict == 'not found' else 'inconclusive',
     )
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #8062cfb8

@@ -490,7 +490,7 @@ def robustness_rule(p):
     text = (
         'broken by the mildest ' + ', '.join(d.corruption[broken]) + '; ' if broken.any() else ''
     ) + f'a loss at the mildest level is excluded for {safe.sum()} of {len(d)}'
-    return text, 'not passed' if broken.any() else 'passed' if safe.all() else 'not shown'
+    return text, 'not passed' if broken.any() else 'passed' if safe.all() else 'inconclusive'
 
 
 def external_rule(p):

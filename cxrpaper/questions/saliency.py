@@ -351,18 +351,18 @@ def saliency_verdict(
     min_patients: int = 20,
     ceiling: str = None,  # name of the map from `at_resolution` in the table
 ) -> str:
-    "'found', 'not found' or 'not shown', and why."
+    "'found', 'not found' or 'inconclusive', and why."
     t = table[(table['map'] == name) & (table.metric == metric)].set_index('than')
     if t.empty:
         raise InputError(f'no {metric} of {name!r}', field='table', hint=f'it holds {", ".join(table["map"].unique())}')
     if (n := int(t.n_units.iloc[0])) < min_patients:
-        return f'not shown: too few patients ({n} with a box)'
+        return f'inconclusive: too few patients ({n} with a box)'
     say = lambda k: f'{metric} {t.difference[k]:+.3f} ({t.difference_lo[k]:+.3f} to {t.difference_hi[k]:+.3f}) than {k}'
     wins = t.difference_lo > 0
     if wins.all():
         return f'found: {name} looks at the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
     if ceiling and not saliency_verdict(table, ceiling, metric, min_patients).startswith('found'):
-        return f'not shown: at this resolution not even a perfect map looks at the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
+        return f'inconclusive: at this resolution not even a perfect map looks at the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
     lost = t.difference[~wins].idxmin()
     why = (
         'it follows the image, but a map that never saw it does as well'
@@ -493,14 +493,14 @@ def sanity_verdict(
     table: pd.DataFrame,  # from `sanity_check`, all weights randomised in one row
     limit: float = 0.5,
 ) -> str:
-    "'passes', 'fails' or 'not shown', and the correlation."
+    "'passes', 'fails' or 'inconclusive', and the correlation."
     if not (table.randomised == 1).any():
         raise InputError('no row with all weights random', field='shares', hint='let shares end with 1')
     r = table[table.randomised == 1].iloc[0]
     say = f'correlation {r.value:.2f} ({r.lo:.2f} to {r.hi:.2f}) with the maps of random weights, n = {r.n_units} patients'
     if r.hi < limit:
         return f'passes the sanity check: {say}'
-    return f'fails the sanity check: {say}' if r.lo > limit else f'not shown: {say}'
+    return f'fails the sanity check: {say}' if r.lo > limit else f'inconclusive: {say}'
 
 # %% ../../nbs/appendix/questions/saliency.ipynb #cee55703
 def draw_saliency_scores(
@@ -577,7 +577,7 @@ def saliency_part(s: Subject) -> dict:
 def saliency_rule(p):
     seen, sane = saliency_verdict(p['saliency'], 'Grad-CAM', ceiling='perfect map'), sanity_verdict(p['sanity'])
     of = lambda text, good, bad: (
-        'passed' if text.startswith(good) else 'not passed' if text.startswith(bad) else 'not shown'
+        'passed' if text.startswith(good) else 'not passed' if text.startswith(bad) else 'inconclusive'
     )
     return f'{seen}; {sane}', worst([of(seen, 'found', 'not found'), of(sane, 'passes', 'fails')])
 

@@ -46,7 +46,7 @@ def verdict(value, lo, hi, than, enough) -> str:  # NaN limits: undefined
     "The sentence of one row."
     if lo > than:
         return 'found'
-    return 'not found' if hi < enough else 'not shown: too few patients'
+    return 'not found' if hi < enough else 'inconclusive: too few patients'
 
 
 def judge(
@@ -75,7 +75,7 @@ def judge(
         said = verdict(value, lo, hi, than, enough)
         open_ &= lo > than or hi < than
         if said == 'found' and not open_:
-            said = 'not shown: too few patients'
+            said = 'inconclusive: too few patients'
         rows[i] = [part, name, value, lo, hi, than, np.nan, n, said]
     return pd.DataFrame(rows, columns=COLUMNS).assign(p=holm(p))
 
@@ -551,7 +551,7 @@ def judge_both(
             if adjusted[k] < 0.05 and all(r.lo > than for r in two)
             else 'not found'
             if any(r.hi < enough for r in two)
-            else 'not shown: too few patients'
+            else 'inconclusive: too few patients'
         )
         rows.append([part, k, weak.value, weak.lo, weak.hi, than, adjusted[k], weak.n, said])
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -573,11 +573,11 @@ def draw_shortcuts(
     ax,
     rows: pd.DataFrame,  # from `shortcut_rows`
     colours=('C3', 'C0', '0.6'),
-):  # found, not found, not shown
+):  # found, not found, inconclusive
     "Each row's value, Holm interval and the value that stands for no shortcut."
     rows = rows[rows.verdict != ''].iloc[::-1]
     y = np.arange(len(rows))
-    colour = rows.verdict.map(dict(zip(('found', 'not found', 'not shown: too few patients'), colours)))
+    colour = rows.verdict.map(dict(zip(('found', 'not found', 'inconclusive: too few patients'), colours)))
     ax.scatter(rows.than, y, marker='|', s=90, color='k', lw=1)
     for i, (r, c) in enumerate(zip(rows.itertuples(), colour)):
         ax.plot([r.lo, r.hi], [i, i], color=c)
@@ -587,7 +587,7 @@ def draw_shortcuts(
         yticklabels=[f'{r.part}: {r.test} (n {r.n})' for r in rows.itertuples()],
         xlabel='value with Holm interval; black tick: no shortcut',
     )
-    for v, c in zip(('found', 'not found', 'not shown'), colours):
+    for v, c in zip(('found', 'not found', 'inconclusive'), colours):
         ax.plot([], [], 'o-', color=c, label=v)
     ax.legend(fontsize=7, frameon=False)
 
@@ -648,7 +648,9 @@ def shortcuts_part(s: Subject) -> dict:
 def baselines_rule(p):
     d = p['baselines']
     w = d.loc[d.difference.idxmin()]
-    answer = 'passed' if ((d.lo > 0) & (d.p_holm < 0.05)).all() else 'not passed' if (d.hi <= 0).any() else 'not shown'
+    answer = (
+        'passed' if ((d.lo > 0) & (d.p_holm < 0.05)).all() else 'not passed' if (d.hi <= 0).any() else 'inconclusive'
+    )
     return f'minus {w.baseline}: {w.difference:+.2f} ({w.lo:+.2f} to {w.hi:+.2f}), p {d.p_holm.max():.3f}', answer
 
 
@@ -662,10 +664,10 @@ def leaks_rule(p):
 def shortcuts_rule(p):
     d = p['shortcuts']
     d = d[d.part.isin(('occlusion', 'marker', 'probe')) & (d.verdict != '')]
-    found, open_ = d[d.verdict == 'found'], d[d.verdict.str.startswith('not shown')]
+    found, open_ = d[d.verdict == 'found'], d[d.verdict.str.startswith('inconclusive')]
     text = (
         'found: ' + ', '.join(f'{r.test} {r.value:.2f}' for r in found.itertuples())
         if len(found)
         else f'none of {len(d)} tests'
-    ) + (f'; {len(open_)} not shown' if len(open_) else '')
-    return text, 'not passed' if len(found) else 'not shown' if len(open_) or not len(d) else 'passed'
+    ) + (f'; {len(open_)} inconclusive' if len(open_) else '')
+    return text, 'not passed' if len(found) else 'inconclusive' if len(open_) or not len(d) else 'passed'

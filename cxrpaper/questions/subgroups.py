@@ -141,7 +141,7 @@ def standardise(
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #5d157d90
 LEAST = 10  # patients
-TOO_FEW = 'not shown: too few patients'
+TOO_FEW = 'inconclusive: too few patients'
 
 
 def countable(
@@ -513,7 +513,7 @@ def subgroups_rule(p, large=0.1):  # large: a gap of macro AUC that must have be
         return gap_verdict(p['gaps']), 'not passed'
     return gap_verdict(p['gaps']), 'passed' if len(d) and d.p.notna().all() and (
         d.detectable <= large
-    ).all() else 'not shown'
+    ).all() else 'inconclusive'
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #92f85171
 def figure_subgroups(

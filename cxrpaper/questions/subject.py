@@ -102,19 +102,19 @@ def subject(
     return Subject(study, row, cohort, store, fold_frames(study, row)[0], n_boot, seed, device)
 
 # %% ../../nbs/appendix/questions/subject.ipynb #469d3b4f
-ANSWERS = ('passed', 'not passed', 'not shown', 'not done')
+ANSWERS = ('passed', 'not passed', 'inconclusive', 'not done')
 
 
 def above(value, lo, hi, bar) -> str:  # an estimate with its interval, and what it must exceed
-    "Passed where the whole interval lies above the bar, not passed where it lies below, else not shown."
+    "Passed where the whole interval lies above the bar, not passed where it lies below, else inconclusive."
     if not np.isfinite([lo, hi]).all():
-        return 'not shown'
-    return 'passed' if lo > bar else 'not passed' if hi <= bar else 'not shown'
+        return 'inconclusive'
+    return 'passed' if lo > bar else 'not passed' if hi <= bar else 'inconclusive'
 
 
 def worst(answers) -> str:
-    "The answer to several questions at once: the last of passed, not shown, not done, not passed that occurs."
-    return max(answers, key=('passed', 'not shown', 'not done', 'not passed').index, default='not done')
+    "The answer to several questions at once: the last of passed, inconclusive, not done, not passed that occurs."
+    return max(answers, key=('passed', 'inconclusive', 'not done', 'not passed').index, default='not done')
 
 # %% ../../nbs/appendix/questions/subject.ipynb #50cda805
 @dataclass(frozen=True)
