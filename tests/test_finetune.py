@@ -1,6 +1,7 @@
 "Training: a run killed at any moment ends with the same bytes; its parts do what they say."
 
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -81,11 +82,11 @@ def data():
 def script(tmp_path):
     f = tmp_path / 'train.py'
     f.write_text(SCRIPT.format(tests=str(ROOT / 'tests')))
-    return lambda run: subprocess.Popen(
+    return lambda run, **more: subprocess.Popen(
         [sys.executable, f, run],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **more},
     )
 
 
@@ -324,3 +325,21 @@ def test_the_last_epoch_asks_no_validation_label(data, tmp_path):
         fit(store, t, rows, p, tmp_path / f'{i}.pt')[0].state_dict() for i, t in enumerate((cohort.images, changed))
     )
     assert all((a[k] == b[k]).all() for k in a)
+
+
+CAPS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')  # as in the Snakefile
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='these caps are those of x86-64')
+def test_provenance_names_what_the_digits_depend_on(script, tmp_path):
+    "Under the caps of the smoke study two runs have the same bytes, and provenance says which caps; lower caps compute with other kernels."
+    made = {}
+    for name, caps in (('a', CAPS), ('b', CAPS), ('low', CAPS | dict(ATEN_CPU_CAPABILITY='default'))):
+        p = script(str(tmp_path / name), **caps)
+        err = p.communicate()[1]
+        assert p.returncode == 0, err.decode()[-2000:]
+        made[name] = load_run(tmp_path / name)['compute']
+        assert made[name]['caps'] == caps and made[name]['threads'] == 1 and made[name]['processor']
+    assert results(tmp_path / 'a') == results(tmp_path / 'b')
+    assert made['low']['kernels'] == 'DEFAULT' != made['a']['kernels']
+    assert results(tmp_path / 'low') != results(tmp_path / 'a')

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from ..data.store import pixel_span
-from .metrics import percentile_interval, resampled_units
+from .metrics import bootstrap_p, percentile_interval, resampled_units
 from ..runs import InputError, atomic, resolve, show_path
 from ..schema import CLASSES
 
@@ -528,10 +528,7 @@ def mask_difference(
     rows = []
     for i, k in enumerate(MASK_METRICS):
         lo, hi, used = percentile_interval(samples[i], level)
-        wrong = min(
-            (samples[i] <= 1e-12).sum(), (samples[i] >= -1e-12).sum()
-        )  # a tie stays a tie, whatever the order of summing
-        p = np.nan if np.isnan(lo) else min(1.0, 2 * (wrong + 1) / (used + 1))
+        tied = np.where(abs(samples[i]) <= 1e-12, 0, samples[i])  # a tie stays a tie, whatever the order of summing
         one, two = points[: len(a), i].mean(), points[len(a) :, i].mean()
         rows.append(
             dict(
@@ -541,7 +538,7 @@ def mask_difference(
                 difference=one - two,
                 lo=lo,
                 hi=hi,
-                p=p,
+                p=bootstrap_p(tied),
                 n=cases[0].n[i],
                 n_units=cases[0].units[i],
                 n_boot=used,

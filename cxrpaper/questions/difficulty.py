@@ -23,6 +23,7 @@ from cxrpaper.evaluation.metrics import (
     _aligned,
     auc,
     auc_between,
+    bootstrap_p,
     check_predictions,
     confusion,
     percentile_interval,
@@ -122,15 +123,6 @@ def _share_interval(
     far = 1 - ((1 - level) / 2) ** (1 / n) if n else np.nan
     return (0.0, far) if value == 0 else (1 - far, 1.0) if value == 1 else (lo, hi)
 
-
-def _p(samples):  # two-sided, of resamples on the other side of 0
-    ok = samples[~np.isnan(samples)]
-    return (
-        np.nan
-        if np.isnan(percentile_interval(samples)[0])
-        else min(1.0, 2 * (min((ok <= 0).sum(), (ok >= 0).sum()) + 1) / (len(ok) + 1))
-    )
-
 # %% ../../nbs/appendix/questions/difficulty.ipynb #d7738c0b
 def confusion_shares(
     frames,  # predictions: one frame per seed, or a frame
@@ -181,7 +173,7 @@ def against_readers(
         i, j = np.transpose(at)
         of = np.isin(c.y, i)
         v, r, d = value[i, j].mean(), readers[i, j].mean(), drawn[:, i, j].mean(1) - readers[i, j].mean()
-        least, p = min(_units(c, c.y == k) for k in set(i)), _p(d)
+        least, p = min(_units(c, c.y == k) for k in set(i)), bootstrap_p(d)
         lo, hi = (x - r for x in _share_interval(d + r, v, least, level))
         if v in (0, 1):
             p = min(1.0, 2 * abs(1 - v - r) ** least)
@@ -239,7 +231,10 @@ def separability(
     rows = []
     for k, (name, classes) in enumerate(needs.items()):
         lo, hi, _ = percentile_interval(drawn[:, k], level)
-        p, least = _p(drawn[:, k] - (0 if name == 'difference' else 0.5)), min(_units(c, c.y == i) for i in classes)
+        p, least = (
+            bootstrap_p(drawn[:, k] - (0 if name == 'difference' else 0.5)),
+            min(_units(c, c.y == i) for i in classes),
+        )
         rows.append(
             dict(
                 task=name,

@@ -27,6 +27,7 @@ from ..data.store import build_store
 from cxrpaper.evaluation.metrics import (
     Resampling,
     bootstrap_difference,
+    bootstrap_p,
     check_predictions,
     evaluate,
     percentile_interval,
@@ -364,10 +365,8 @@ def external_drop(
         )
         for k, (v, s) in parts.items()
     ]
-    s = parts['drop'][1]
-    p = min(1.0, 2 * (min((s <= 0).sum(), (s >= 0).sum()) + 1) / (len(s) + 1))
     return pd.DataFrame(rows).assign(
-        p=[*[np.nan] * 3, p if not np.isnan(rows[-1]['lo']) else np.nan], classes=', '.join(CLASSES[k] for k in classes)
+        p=[*[np.nan] * 3, bootstrap_p(parts['drop'][1])], classes=', '.join(CLASSES[k] for k in classes)
     )
 
 

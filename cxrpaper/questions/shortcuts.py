@@ -23,6 +23,7 @@ from cxrpaper.evaluation.metrics import (
     Resampling,
     auc,
     bootstrap_difference,
+    bootstrap_p,
     holm,
     percentile_interval,
     probabilities,
@@ -57,13 +58,7 @@ def judge(
     alpha: float = 0.05,  # chance of any false finding in the family
 ) -> pd.DataFrame:  # COLUMNS; p adjusted by Holm, intervals at the level that Holm gives each test
     "Verdicts of a family of tests."
-
-    def p_of(s):
-        s = s[~np.isnan(s)]
-        wrong = min((s <= than).sum(), (s >= than).sum())
-        return min(1.0, 2 * (wrong + 1) / (len(s) + 1)) if len(s) else np.nan
-
-    p = np.array([p_of(s) for _, s, _ in tests.values()])
+    p = np.array([bootstrap_p(s, than) for _, s, _ in tests.values()])
     rank, rows, open_ = (
         np.argsort(np.argsort(np.nan_to_num(p, nan=2.0), kind='stable'), kind='stable'),
         [None] * len(p),
