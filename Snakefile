@@ -3,7 +3,7 @@
 # It runs again when its parameters change, or the code of its notebook or modules (prose and times of files do not count), or what other jobs gave it.
 import functools, shlex
 from snakemake.exceptions import WorkflowError
-from cxrpaper.runs import digest, job_digest, notebook_of, project_root
+from cxrpaper.runs import KERNELS, digest, job_digest, notebook_of, project_root
 from cxrpaper.schema import our_methods
 from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
@@ -25,8 +25,8 @@ def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else
 PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
 # The smoke study computes with the instruction sets that every x86-64 processor of the last ten years has, so that they do not decide what it finds; what is set by hand wins.
-KERNELS = dict(smoke=''.join(f'export {k}=${{{{{k}:-{v}}}}}; ' for k, v in dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE').items()), study='')
-PAPERMILL = KERNELS[profile] + PAPERMILL
+CAPS = dict(smoke=''.join(f'export {k}=${{{{{k}:-{v}}}}}; ' for k, v in KERNELS.items()), study='')
+PAPERMILL = CAPS[profile] + PAPERMILL
 CPU = 'export CUDA_VISIBLE_DEVICES=; ' + PAPERMILL # who does not ask for a GPU sees none
 # A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
 GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else

@@ -341,19 +341,8 @@ def write_csv(path, df: pd.DataFrame):
     with atomic(path) as tmp:
         df.to_csv(tmp, index=False, lineterminator='\n')
 
-# %% ../nbs/appendix/machine/runs.ipynb #c8c96c1e
-_LIBRARIES = (
-    'torch torchvision fastai timm segmentation-models-pytorch numpy pandas scikit-learn scipy opencv-python-headless pydicom '
-    'pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls papermill nbdev'
-).split()
-
-
-def _git(*args):
-    r = subprocess.run(['git', '-C', str(project_root()), *args], capture_output=True, text=True)
-    return r.stdout.strip() if r.returncode == 0 else None
-
-
-KERNELS = ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'MKL_CBWR')  # variables that cap the instruction sets
+# %% ../nbs/appendix/machine/runs.ipynb #ceebb3b2
+KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 
 
 def compute_facts() -> dict:  # processor, kernels, caps, threads, cudnn
@@ -375,6 +364,17 @@ def _text(path):
         return Path(path).read_text()
     except OSError:
         return ''
+
+# %% ../nbs/appendix/machine/runs.ipynb #c8c96c1e
+_LIBRARIES = (
+    'torch torchvision fastai timm segmentation-models-pytorch numpy pandas scikit-learn scipy opencv-python-headless pydicom '
+    'pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls papermill nbdev'
+).split()
+
+
+def _git(*args):
+    r = subprocess.run(['git', '-C', str(project_root()), *args], capture_output=True, text=True)
+    return r.stdout.strip() if r.returncode == 0 else None
 
 
 def provenance(

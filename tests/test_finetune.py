@@ -21,7 +21,7 @@ from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import read_cohort
 from cxrpaper.data.store import build_store
 from cxrpaper.models.nets import Classifier, Encoder
-from cxrpaper.runs import InputError, Run, as_parameters, load_run, rng
+from cxrpaper.runs import KERNELS, InputError, Run, as_parameters, load_run, rng
 from cxrpaper.training.finetune import finetune, fit, label_subset, make_model, predict, split_rows
 from cxrpaper.training.loop import Batches, load_checkpoint
 
@@ -327,14 +327,11 @@ def test_the_last_epoch_asks_no_validation_label(data, tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
 
 
-CAPS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')  # as in the Snakefile
-
-
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='these caps are those of x86-64')
 def test_provenance_names_what_the_digits_depend_on(script, tmp_path):
     "Under the caps of the smoke study two runs have the same bytes, and provenance says which caps; lower caps compute with other kernels."
     made = {}
-    for name, caps in (('a', CAPS), ('b', CAPS), ('low', CAPS | dict(ATEN_CPU_CAPABILITY='default'))):
+    for name, caps in (('a', KERNELS), ('b', KERNELS), ('low', KERNELS | dict(ATEN_CPU_CAPABILITY='default'))):
         p = script(str(tmp_path / name), **caps)
         err = p.communicate()[1]
         assert p.returncode == 0, err.decode()[-2000:]

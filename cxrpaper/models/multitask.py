@@ -87,8 +87,8 @@ def check_multitask(
     decoder: str,  # a key of DECODERS
     width: int,
     px: int,  # side of the image in pixels
-):
-    "InputError unless the decoder can be built on the maps of `arch`."
+) -> Encoder:
+    "The encoder of the model; InputError unless the decoder can be built on its maps."
     check_arch(arch, px)
     named = f'{arch} with the decoder {decoder}'
     try:
@@ -98,6 +98,7 @@ def check_multitask(
             f'{named} cannot be built ({e})', field='arch', hint='use another architecture, such as resnet18'
         ) from None
     check_forward(model, named, px)
+    return model.encoder
 
 # %% ../../nbs/appendix/models/multitask.ipynb #4ed7420b
 DICE = DiceLoss('binary', from_logits=True)

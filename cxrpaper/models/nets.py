@@ -100,8 +100,8 @@ def check_forward(
 def check_arch(
     arch: str,  # a timm architecture
     px: int = 128,  # side of the image in pixels
-):
-    "InputError unless timm builds `arch` here and its maps are (B,C,H,W)."
+) -> Encoder:
+    "The encoder; InputError unless timm builds it here and its maps are (B,C,H,W)."
     if ':' in arch:
         raise InputError(
             f'{arch} names a file elsewhere',
@@ -116,6 +116,7 @@ def check_arch(
                 field='arch',
                 hint='use a convolutional architecture, such as resnet18',
             )
+    return encoder
 
 # %% ../../nbs/02_models.ipynb #477f98f7
 class Classifier(nn.Module):

@@ -24,7 +24,7 @@ import pandas as pd
 
 from ..evaluation.report import stamp
 from .tables import missing_runs, needed_runs
-from ..runs import InputError, file_digest, notebook_of, project_root, resolve, show_path
+from ..runs import KERNELS, InputError, file_digest, notebook_of, project_root, resolve, show_path
 from ..study import evaluated_rows, pretraining_runs, read_study
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #9bd4cdfd
@@ -554,10 +554,11 @@ def verify(study_file, only=None, progress=True) -> pd.DataFrame:  # only: some 
             file=str(study_file),
             hint='make paper, or cxr_verify --files, which needs no runs',
         )
+    caps = {k: os.environ.get(k, v) for k, v in KERNELS.items()} if study['profile'] == 'smoke' else {}
     with (
         TemporaryDirectory() as folder,
-        patch.dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''),
-    ):  # as in the Snakefile: sums depend on threads and devices
+        patch.dict(os.environ, caps, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''),
+    ):  # as in the Snakefile: sums depend on threads, devices and kernels
         out = Path(folder) / 'figures'
         out.mkdir()
         for page in pages(study):

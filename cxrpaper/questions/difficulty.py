@@ -231,10 +231,8 @@ def separability(
     rows = []
     for k, (name, classes) in enumerate(needs.items()):
         lo, hi, _ = percentile_interval(drawn[:, k], level)
-        p, least = (
-            bootstrap_p(drawn[:, k] - (0 if name == 'difference' else 0.5)),
-            min(_units(c, c.y == i) for i in classes),
-        )
+        p = bootstrap_p(drawn[:, k], 0 if name == 'difference' else 0.5)
+        least = min(_units(c, c.y == i) for i in classes)
         rows.append(
             dict(
                 task=name,

@@ -408,9 +408,8 @@ def finetune(
     rows = split_rows(images.label.values, folds, p.fold, p.n_folds)
     length = len(rows['train'])  # an epoch stays as long with few labels
     rows['train'] = label_subset(images.label.values, images.group.values, rows['train'], p.label_fraction, p.draw)
-    rows['epoch'] = np.resize(rows['train'], length)
-    model, history, source, best_epoch, dynamics = fit(store, images, rows, p, folder / 'checkpoint.pt', device)
-    del rows['epoch']
+    drawn = rows | dict(epoch=np.resize(rows['train'], length))
+    model, history, source, best_epoch, dynamics = fit(store, images, drawn, p, folder / 'checkpoint.pt', device)
     predictions, scores = score_rows(model, store, images, rows, ('val', 'test'), p, device)
     write_csv(folder / 'predictions.csv', predictions)
     write_csv(folder / 'history.csv', history)

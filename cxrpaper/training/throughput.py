@@ -37,7 +37,6 @@ from cxrpaper.runs import (
     energy,
     load_run,
     notebook_of,
-    project_root,
     provenance,
     resolve,
     write_csv,
@@ -132,21 +131,17 @@ def learner(
     kind: str, p, device, file, n: int, timing
 ):  # p: from `all_params`; file: of the checkpoint; n: images that train, and that validate
     "The learner of a run, on made-up radiographs."
-    p = replace(p, pretrain='none')
+    images, p, every = made_up(p.px, n), replace(p, pretrain='none'), np.arange(n)
+    batches = lambda rows, **how: Batches(images.images, rows, images.labels, p.batch_size, device, **how)
     if kind == 'finetune':
         p = replace(p, weights=None)  # no run is needed to see how fast one is
-    images = made_up(p.px, n)
-    taught = SegmentationTargets(images.masks, np.ones(n)) if kind == 'finetune' and p.multitask else None
-    train, val = (
-        Batches(images.images, np.arange(n), images.labels, p.batch_size, device, seed, taught) for seed in (0, None)
-    )
-    if kind == 'finetune':
-        return finetuner(make_model(p)[0], (train, val), p, make_loss(p, images.labels), file, [timing])[0]
+        taught = SegmentationTargets(images.masks, np.ones(n)) if p.multitask else None
+        data = batches(every, seed=0, taught=taught), batches(every, taught=taught)
+        return finetuner(make_model(p)[0], data, p, make_loss(p, images.labels), file, [timing])[0]
     task, watching = training(kind).task(p), EpochRecorder()
-    if len(task.val(SimpleNamespace(held=np.arange(n)))) == 0:
-        val = Batches(images.images, [], images.labels, p.batch_size, device)
+    data = batches(every, seed=0), batches(task.val(SimpleNamespace(held=every)))
     cbs = [watching, Checkpointing(file, watching), *task.callbacks, timing]
-    return make_learner(task.model, (train, val), task.loss, p, cbs)
+    return make_learner(task.model, data, task.loss, p, cbs)
 
 # %% ../../nbs/appendix/training/throughput.ipynb #f4ebfd1b
 def measure_training(
@@ -231,7 +226,7 @@ def measure_start() -> float:
     with TemporaryDirectory() as folder:
         run = f'{folder}/run'
         execute_notebook(
-            str(project_root() / 'nbs' / '04_finetune.ipynb'),
+            str(notebook_of('training.finetune')),
             f'{folder}/04_finetune.ipynb',
             dict(arch='resnet10t', px=32, epochs=1, run=run),
             progress_bar=False,
