@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxrpaper.evaluation.metrics import Cases, point_metrics, probabilities, read_cases, resampled_units, softmax
+from cxrpaper.evaluation.metrics import (
+    Cases,
+    Resampling,
+    point_metrics,
+    probabilities,
+    read_cases,
+    resampled_units,
+    softmax,
+)
 from cxrpaper.questions.calibration import (
     BINS,
     Gaps,
@@ -119,7 +127,7 @@ def test_noise_is_what_resampling_does_to_the_gaps():
 
 def test_band_is_the_loop_over_resamples(over):
     c = read_cases(over)
-    band = reliability_curve(over, 'typical', n_boot=64)
+    band = reliability_curve(over, 'typical', how=Resampling(64))
     score, hit = c.p[:, 1], c.y == 1
     b = equal_mass_bins(score)
     counts = next(resampled_units(c.n_units, 64))
@@ -203,7 +211,7 @@ def test_invariances(over):
     )  # the counter-test: vector scaling is not
     other = val.assign(label=(val.label + 1) % 4, **{LOGITS[(k + 1) % 4]: val[l] for k, l in enumerate(LOGITS)})
     assert fit_temperature(other).temperature == pytest.approx(s.temperature, rel=1e-10)
-    a, b = (calibration_errors(d, n_boot=50) for d in (over, over.sample(frac=1, random_state=1)))
+    a, b = (calibration_errors(d, how=Resampling(50)) for d in (over, over.sample(frac=1, random_state=1)))
     pd.testing.assert_frame_equal(a, b)
 
 
@@ -332,7 +340,10 @@ def test_interval_starts_at_zero_only_where_noise_explains_it():
 def test_difference_is_antisymmetric_and_paired(over):
     after, _ = scale_folds(over)
     before = over[over.split == 'test']
-    x, y = (calibration_difference(*ab, n_boot=300).set_index('metric') for ab in ((after, before), (before, after)))
+    x, y = (
+        calibration_difference(*ab, how=Resampling(300)).set_index('metric')
+        for ab in ((after, before), (before, after))
+    )
     assert (
         np.allclose(x.difference, -y.difference)
         and np.allclose(x.lo, -y.hi)

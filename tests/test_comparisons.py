@@ -127,7 +127,7 @@ def test_kappa_is_sklearns_in_every_resample(weights, n_classes):
     who = g.integers(0, 25, 60)
     a = g.integers(0, n_classes, 60)
     b = np.where(g.random(60) < 0.5, a, g.integers(0, n_classes, 60))
-    got = kappa(a, b, who, weights, n_classes, n_boot=60, seed=2)
+    got = kappa(a, b, who, weights, n_classes, how=Resampling(60, 2))
     names = np.unique(who)
     want = [
         sk.cohen_kappa_score(a[i], b[i], weights=weights, labels=range(n_classes))
@@ -142,11 +142,12 @@ def test_kappa_is_sklearns_in_every_resample(weights, n_classes):
 def test_kappa_edges():
     g = np.random.default_rng(0)
     a, b = g.integers(0, 4, (2, 4000))
-    assert abs(kappa(a, b, n_boot=10)['kappa']) < 0.05 and kappa(a, a, n_boot=10)['kappa'] == 1
-    assert kappa(a, b, n_boot=10)['kappa'] == pytest.approx(kappa(b, a, n_boot=10)['kappa'])
+    assert abs(kappa(a, b, how=Resampling(10))['kappa']) < 0.05 and kappa(a, a, how=Resampling(10))['kappa'] == 1
+    assert kappa(a, b, how=Resampling(10))['kappa'] == pytest.approx(kappa(b, a, how=Resampling(10))['kappa'])
     near, far = np.clip(a + 1, 0, 3), 3 - a
     assert (
-        kappa(a, near, weights='quadratic', n_boot=10)['kappa'] > kappa(a, far, weights='quadratic', n_boot=10)['kappa']
+        kappa(a, near, weights='quadratic', how=Resampling(10))['kappa']
+        > kappa(a, far, weights='quadratic', how=Resampling(10))['kappa']
     )
     assert np.isnan(kappa_of(np.diag([5, 0, 0, 0])[None])).all()
     for bad in (

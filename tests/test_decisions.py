@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxrpaper.evaluation.metrics import simulate_predictions, softmax
+from cxrpaper.evaluation.metrics import Resampling, simulate_predictions, softmax
 from cxrpaper.questions.decisions import (
     TARGETS,
     aurc,
@@ -100,7 +100,7 @@ def test_a_resample_without_the_class_is_undefined_not_zero():
 def test_what_is_asked_more_costs_more():
     d = decision_rows(frame(300))
     for fixed, other in (('specificity', 0), ('sensitivity', 1)):
-        v = [operating_samples(d, 'typical', fixed, at, n_boot=1)[0] for at in np.linspace(0.05, 0.95, 19)]
+        v = [operating_samples(d, 'typical', fixed, at, how=Resampling(1))[0] for at in np.linspace(0.05, 0.95, 19)]
         assert (np.diff([x[other] for x in v]) <= 0).all() and (np.diff([x[1 - other] for x in v]) >= 0).all()
 
 
@@ -117,7 +117,7 @@ def test_folds_have_thresholds_of_their_own():
         ill += (positive & test).sum()
         let += (~positive & test & (p < t)).sum()
         well += (~positive & test).sum()
-    value, _ = operating_samples(decision_rows([df[df.fold == f] for f in range(5)]), n_boot=1)
+    value, _ = operating_samples(decision_rows([df[df.fold == f] for f in range(5)]), how=Resampling(1))
     assert value[:2].tolist() == [hit / ill, let / well]
     t = threshold_by_loop(positive[df.split == 'val'], p[df.split == 'val'], 'specificity', 0.9)
     assert value[0] != (positive & (df.split == 'test') & (p >= t)).sum() / ill
@@ -127,7 +127,10 @@ def test_the_threshold_does_not_see_the_test():
     "Test labels changed: the honest threshold stays, the in-sample one moves."
     df = frame(300)
     swapped = df.assign(label=np.where(df.split == 'test', df.label.to_numpy()[::-1], df.label))
-    a, b = (operating_points(d, targets=['any'], n_boot=20).groupby('form').threshold.first() for d in (df, swapped))
+    a, b = (
+        operating_points(d, targets=['any'], how=Resampling(20)).groupby('form').threshold.first()
+        for d in (df, swapped)
+    )
     assert a['validation'] == b['validation'] and a['in-sample'] != b['in-sample']
 
 
@@ -136,7 +139,7 @@ def test_the_optimistic_form_is_optimistic_where_the_score_is_noise():
     v = np.array(
         [
             [
-                operating_samples(decision_rows(frame(150, seed, separation=0.0)), form=f, n_boot=1)[0][:2]
+                operating_samples(decision_rows(frame(150, seed, separation=0.0)), form=f, how=Resampling(1))[0][:2]
                 for f in ('validation', 'in-sample')
             ]
             for seed in range(60)
@@ -148,16 +151,20 @@ def test_the_optimistic_form_is_optimistic_where_the_score_is_noise():
 
 def test_row_order_and_seed():
     df = frame(120, folds=2)
-    a = operating_points(df, targets=['any'], n_boot=70, seed=4)
-    b = operating_points(df.sample(frac=1, random_state=0), targets=['any'], n_boot=70, seed=4)
+    a = operating_points(df, targets=['any'], how=Resampling(70, 4))
+    b = operating_points(df.sample(frac=1, random_state=0), targets=['any'], how=Resampling(70, 4))
     pd.testing.assert_frame_equal(a, b)
-    assert not a.lo.equals(operating_points(df, targets=['any'], n_boot=70, seed=5).lo)
+    assert not a.lo.equals(operating_points(df, targets=['any'], how=Resampling(70, 5)).lo)
 
 
 def test_every_target_is_counted():
     df = frame(300)
     test = df[df.split == 'test']
-    got = operating_points(df, n_boot=50).query("form == 'validation' and metric == 'sensitivity'").set_index('target')
+    got = (
+        operating_points(df, how=Resampling(50))
+        .query("form == 'validation' and metric == 'sensitivity'")
+        .set_index('target')
+    )
     assert list(got.index) == list(TARGETS) and got.n.tolist() == [
         (test.label > 0).sum(),
         *[(test.label == k).sum() for k in range(4)],
@@ -166,13 +173,13 @@ def test_every_target_is_counted():
     mirror = df.assign(q=1 - outcome(df, 'any')[1] ** 2)
     assert (
         operating_points(
-            df.assign(q=outcome(df, 'any')[1] ** 3), targets=['any'], columns=dict(any='q'), n_boot=50
+            df.assign(q=outcome(df, 'any')[1] ** 3), targets=['any'], columns=dict(any='q'), how=Resampling(50)
         ).value.tolist()
-        == operating_points(df, targets=['any'], n_boot=50).value.tolist()
+        == operating_points(df, targets=['any'], how=Resampling(50)).value.tolist()
     )
     assert (
-        operating_points(mirror, targets=['any'], columns=dict(any='q'), n_boot=50).value.tolist()
-        != operating_points(df, targets=['any'], n_boot=50).value.tolist()
+        operating_points(mirror, targets=['any'], columns=dict(any='q'), how=Resampling(50)).value.tolist()
+        != operating_points(df, targets=['any'], how=Resampling(50)).value.tolist()
     )
 
 
@@ -194,17 +201,17 @@ def test_net_benefit_by_loop(seed):
 def test_limits_of_a_decision_curve():
     df = frame(200)
     share = (df[df.split == 'test'].label > 0).mean()
-    low = decision_curve(df, grid=[1e-9], n_boot=20).iloc[0]
+    low = decision_curve(df, grid=[1e-9], how=Resampling(20)).iloc[0]
     assert (
         low.model == pytest.approx(share, abs=1e-6)
         and low['all'] == pytest.approx(low.model, abs=1e-12)
         and low.gain == pytest.approx(0, abs=1e-12)
     )
-    sure = decision_curve(df.assign(q=1.0 * (df.label > 0)), column='q', n_boot=20)
+    sure = decision_curve(df.assign(q=1.0 * (df.label > 0)), column='q', how=Resampling(20))
     assert np.allclose(sure.model, share), 'an oracle has the prevalence as its net benefit'
-    never = decision_curve(df.assign(q=0.0), column='q', n_boot=20)
+    never = decision_curve(df.assign(q=0.0), column='q', how=Resampling(20))
     assert (never.model == 0).all() and (never.lo == 0).all()
-    assert (decision_curve(df, n_boot=100).eval('gain_lo <= gain + .02 and gain <= gain_hi + .02')).all()
+    assert (decision_curve(df, how=Resampling(100)).eval('gain_lo <= gain + .02 and gain <= gain_hi + .02')).all()
 
 
 # ---------------------------------------------------------------- selective prediction
@@ -267,14 +274,14 @@ def test_limits_of_the_oracle():
 def test_full_coverage_is_the_error_rate():
     df = frame(200)
     wrong, conf = mistakes(df[df.split == 'test'])
-    curve = risk_coverage(df, n_boot=50)
+    curve = risk_coverage(df, how=Resampling(50))
     assert (
         curve.risk.iloc[-1] == pytest.approx(wrong.mean(), abs=1e-12) == pytest.approx(curve.oracle.iloc[-1], abs=1e-12)
     )
     assert (curve.risk >= curve.oracle - 1e-12).all() and (curve.lo <= curve.hi).all()
-    table = selective_summary(df, n_boot=50).set_index('metric')
+    table = selective_summary(df, how=Resampling(50)).set_index('metric')
     assert table.value.risk == pytest.approx(wrong.mean(), abs=1e-12) and table.value.aurc >= table.value.aurc_oracle
-    oracle = risk_coverage(df.assign(c=1.0 * ~mistakes(df)[0]), 'c', n_boot=50)
+    oracle = risk_coverage(df.assign(c=1.0 * ~mistakes(df)[0]), 'c', how=Resampling(50))
     assert np.allclose(oracle.risk, oracle.oracle, atol=1e-9)
 
 
@@ -292,7 +299,7 @@ def test_confidence_by_loop(seed):
 def test_referral():
     df = frame(400)
     right = 1 - mistakes(df[df.split == 'test'])[0].mean()
-    get = lambda a, **k: referral(df, a, n_boot=30, **k).set_index(['form', 'metric']).value
+    get = lambda a, **k: referral(df, a, how=Resampling(30), **k).set_index(['form', 'metric']).value
     assert get(right - 0.2).loc['in-sample', 'referred'] == 0 and get(right - 0.2).loc[
         'in-sample', 'accuracy'
     ] == pytest.approx(right)
@@ -300,7 +307,7 @@ def test_referral():
     assert (np.diff(share) >= 0).all()
     assert all(get(a).loc['in-sample', 'accuracy'] >= a - 1e-9 for a in (0.7, 0.8))
     liar = df.assign(c=1.0 * mistakes(df)[0])
-    got = referral(liar, 0.9, 'c', n_boot=30)
+    got = referral(liar, 0.9, 'c', how=Resampling(30))
     assert (
         (got[got.metric == 'referred'].value == 1).all()
         and got[got.metric == 'accuracy'].value.isna().all()
@@ -322,11 +329,11 @@ def test_predictive_values_by_counting():
 
 def test_curve_of_predictive_values():
     df = frame(300)
-    curve = predictive_value_curve(df, [0.1, 0.5], n_boot=60)
-    v, _ = operating_samples(decision_rows(df), n_boot=1)
+    curve = predictive_value_curve(df, [0.1, 0.5], how=Resampling(60))
+    v, _ = operating_samples(decision_rows(df), how=Resampling(1))
     assert np.allclose(curve.ppv, predictive_values(v[0], v[1], [0.1, 0.5])[0])
     assert (curve.ppv_lo <= curve.ppv).all() and (curve.ppv <= curve.ppv_hi).all()
-    wide = predictive_value_curve(df, [0.1, 0.5], refit=True, n_boot=60)
+    wide = predictive_value_curve(df, [0.1, 0.5], refit=True, how=Resampling(60))
     assert (wide.eval('ppv_hi - ppv_lo') > curve.eval('ppv_hi - ppv_lo')).all()
 
 
@@ -365,7 +372,7 @@ def test_estimated_shares_are_the_likeliest():
         (lambda d: operating_points(d, at=1.0), 'at: 1.0 is not between 0 and 1. Hint'),
         (lambda d: operating_points(d, targets=['sick']), 'target: '),
         (lambda d: fold_pairs(d, 'train'), 'form: '),
-        (lambda d: operating_points(d, unit='ward'), 'unit: '),
+        (lambda d: operating_points(d, how=Resampling(unit='ward')), 'unit: '),
         (lambda d: operating_points(d, targets=['any'], columns=dict(any='cal')), 'cal: no such column. Hint'),
         (lambda d: decision_curve(d.assign(cal=2.0), column='cal'), 'cal: 2.0 in image'),
         (lambda d: decision_curve(d.assign(cal=float('nan')), column='cal'), 'cal: nan in image'),

@@ -4,6 +4,7 @@ import re
 
 import matplotlib
 
+
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,7 @@ from cleanlab.filter import find_label_issues
 from sklearn import metrics as sk
 
 from cxrpaper.data.phantom import READERS as FILLED
-from cxrpaper.evaluation.metrics import probabilities, resampled_units, simulate_predictions
+from cxrpaper.evaluation.metrics import Resampling, probabilities, resampled_units, simulate_predictions
 from cxrpaper.questions.difficulty import (
     PAIRS,
     READERS,
@@ -74,7 +75,7 @@ def test_confusion_shares_is_scikit_learn_averaged_over_seeds(seed):
     want = np.mean(
         [sk.confusion_matrix(f.label, probabilities(f).argmax(1), labels=range(4), normalize='true') for f in (a, b)], 0
     )
-    t = confusion_shares([a, b], 50)
+    t = confusion_shares([a, b], Resampling(50))
     assert t.value.to_numpy().reshape(4, 4) == pytest.approx(want, abs=1e-12)
     assert ((t.lo <= t.value + 1e-9) & (t.value <= t.hi + 1e-9)).all()
     assert t.n_units.tolist() == [a[a.label == k].patient.nunique() for k in range(4) for _ in range(4)]
@@ -98,7 +99,7 @@ def test_the_difference_to_the_readers_is_a_plain_loop_over_patients():
                 ]
             )
         )
-    got = against_readers(a, 80, seed=2).iloc[-1]
+    got = against_readers(a, Resampling(80, 2)).iloc[-1]
     assert (got.lo, got.hi) == pytest.approx(tuple(np.nanquantile(d, [0.025, 0.975])), abs=1e-12)
     assert got.p == pytest.approx(
         min(1, 2 * (min((np.array(d) <= 0).sum(), (np.array(d) >= 0).sum()) + 1) / (np.isfinite(d).sum() + 1))
@@ -109,11 +110,11 @@ def test_a_share_of_none_has_an_interval():
     d = simulate_predictions(100, 0, images=1.0, shares=[0.25] * 4)
     d = d.assign(**dict(zip(LOGITS, 3 * np.eye(4)[d.label].T)))
     n = (d.label == 1).sum()
-    t, r = confusion_shares(d, 30).iloc[6], against_readers(d, 30).iloc[1]
+    t, r = confusion_shares(d, Resampling(30)).iloc[6], against_readers(d, Resampling(30)).iloc[1]
     assert t.value == t.lo == 0 and (1 - t.hi) ** n == pytest.approx(0.025) and r.hi - r.lo == pytest.approx(t.hi)
     assert (
         r.p == pytest.approx(2 * 0.7**n)
-        and confusion_shares(d, 30).iloc[0].hi == 1 > confusion_shares(d, 30).iloc[0].lo
+        and confusion_shares(d, Resampling(30)).iloc[0].hi == 1 > confusion_shares(d, Resampling(30)).iloc[0].lo
     )
 
 
@@ -123,7 +124,7 @@ def test_validation_rows_are_never_counted():
     v[['image', 'study', 'patient', 'group']] += 'v'
     both = pd.concat([a, v])
     for f in (confusion_shares, separability, against_readers):
-        pd.testing.assert_frame_equal(f(both, 20), f(a, 20))
+        pd.testing.assert_frame_equal(f(both, Resampling(20)), f(a, Resampling(20)))
     pd.testing.assert_frame_equal(hardest(both), hardest(a))
 
 
@@ -188,7 +189,7 @@ def test_the_difference_knows_which_task_is_easier():
     d = simulate_predictions(250, 0, shares=[0.4, 0.2, 0.2, 0.2])
     up = d.assign(logit_0=d.logit_0 + np.where(d.label == 0, 2, -2))
     down = d.assign(logit_0=np.random.default_rng(0).normal(size=len(d)))
-    got = [separability(f, 100).set_index('task').loc['difference'] for f in (up, down)]
+    got = [separability(f, Resampling(100)).set_index('task').loc['difference'] for f in (up, down)]
     assert [r.verdict for r in got] == ['found', 'found, the other way round'] and got[0].lo > 0 > got[1].hi
 
 
@@ -383,14 +384,14 @@ def test_hardest_is_a_sort():
 def test_drawings_show_what_is_known_and_no_more():
     d = simulate_predictions(80, 0)
     fig, axs = plt.subplots(1, 6)
-    draw_confusions(axs[:2], confusion_shares(d, 20))
+    draw_confusions(axs[:2], confusion_shares(d, Resampling(20)))
     said = [o.get_text() for o in axs[1].texts]
     assert (
         sorted(s for s in said if s[0] == '0') == ['0.24', '0.30', '0.33', '0.76']
         and said.count('not\nknown') == 12
         and len(axs[0].texts) == 16
     )
-    t = separability(d, 20)
+    t = separability(d, Resampling(20))
     draw_separability(axs[2], t)
     assert len(axs[2].get_yticks()) == 8
     c = cartography(pd.DataFrame(dict(image=list('abcd'), label=range(4), epoch_0=0.1, epoch_1=[0.2, 0.3, 0.4, 0.5])))

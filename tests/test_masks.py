@@ -31,7 +31,7 @@ from cxrpaper.evaluation.masks import (
     score_masks,
     steps,
 )
-from cxrpaper.evaluation.metrics import percentile_interval, resampled_units
+from cxrpaper.evaluation.metrics import Resampling, percentile_interval, resampled_units
 from cxrpaper.runs import InputError, file_digest
 from cxrpaper.schema import CLASSES
 
@@ -401,7 +401,7 @@ def by_loop(runs, by, drawn=None):
 @pytest.mark.parametrize('by', ('image', 'study'))
 def test_interval_is_the_one_of_a_loop(by):
     seeds = [[fold_of(10 * s + f, 2.0, 1.5, f, n=60, patients=20) for f in range(2)] for s in range(2)]
-    n_boot, got = 12, evaluate_masks(seeds, 12, seed=4, by=by)
+    n_boot, got = 12, evaluate_masks(seeds, Resampling(12, 4), by=by)
     assert got.metric.tolist() == MASK_METRICS and (got.n_seeds == 2).all()
     assert np.allclose(got.value, np.mean([by_loop(runs, by) for runs in seeds], 0), atol=1e-12, equal_nan=True)
     groups = np.unique(np.concatenate([r.of('test').images.group for r in seeds[0]]).astype(str))
@@ -424,13 +424,13 @@ def test_interval_is_the_one_of_a_loop(by):
 
 
 def test_what_has_no_images_has_no_value():
-    got = evaluate_masks([[fold_of(0, 2.0)]], 50).set_index('metric')
+    got = evaluate_masks([[fold_of(0, 2.0)]], Resampling(50)).set_index('metric')
     for k in ('dice_negative', 'iou_negative', 'box_recall_negative', 'pixel_ap_negative'):
         assert got.loc[k, ['value', 'lo', 'hi']].isna().all()
     run = fold_of(0, 2.0)
     lone = run.images.patient[(run.images.label == 3) & (run.images.split == 'test')].iloc[0]
     run = run.take(~((run.images.label == 3) & (run.images.patient != lone)).to_numpy())
-    rare = evaluate_masks([[run]], 300).set_index('metric')
+    rare = evaluate_masks([[run]], Resampling(300)).set_index('metric')
     assert rare.n_units['dice_atypical'] <= 1 and np.isnan(rare.lo['dice_atypical']), (
         'one patient of a class: absent from a third of the resamples'
     )
@@ -445,7 +445,7 @@ def test_threshold_comes_from_val_and_not_from_test():
         inside=np.where(val[:, None], np.roll(good.inside, 40, 1), good.inside),
         outside=np.where(val[:, None], np.roll(good.outside, 40, 1), good.outside),
     )
-    a, b = (evaluate_masks([[r]], 20).set_index('metric').value for r in (good, shifted))
+    a, b = (evaluate_masks([[r]], Resampling(20)).set_index('metric').value for r in (good, shifted))
     assert b['dice'] < a['dice'] - 0.1 and b['pixel_ap'] == a['pixel_ap'], (
         'val logits that are 2.5 higher put the threshold too high'
     )
@@ -476,36 +476,39 @@ def test_runs_that_cannot_be_judged():
         ),
     ):
         with pytest.raises(InputError, match=match) as e:
-            evaluate_masks(seeds, 10)
+            evaluate_masks(seeds, Resampling(10))
         assert e.value.field and e.value.hint
     whole = replace(run, images=run.images.assign(study='one'))
     with pytest.raises(InputError, match='study one belongs to several groups'):
-        evaluate_masks([[whole]], 10, by='study')
-    assert len(evaluate_masks([[leak.take(np.arange(len(leak)))]], 10, leaky=True, unit='patient')) == len(MASK_METRICS)
+        evaluate_masks([[whole]], Resampling(10), by='study')
+    assert len(evaluate_masks([[leak.take(np.arange(len(leak)))]], Resampling(10, unit='patient'), leaky=True)) == len(
+        MASK_METRICS
+    )
     for bad in (dict(unit='hospital'), dict(by='patient'), dict(level=2)):
         with pytest.raises(InputError, match='Hint'):
-            evaluate_masks([[run]], 10, **bad)
+            by = bad.pop('by', 'image')
+            evaluate_masks([[run]], Resampling(10, **bad), by=by)
     with pytest.raises(InputError, match='seed 0: seeds: no runs'):
-        evaluate_masks([[]], 10)
+        evaluate_masks([[]], Resampling(10))
     for pair in (([], [[run]]), ([[run]], run)):
         with pytest.raises(InputError, match='no list of runs.*Hint'):
             mask_difference(*pair, 10)
     with pytest.raises(InputError, match='other images'):
-        mask_difference([[run]], [[fold_of(0, truth=2)]], 10)
+        mask_difference([[run]], [[fold_of(0, truth=2)]], Resampling(10))
 
 
 # ---------------------------------------------------------------- differences
 def test_a_model_does_not_differ_from_itself():
     runs = [fold_of(f, 2.0, 1.5, f) for f in range(2)]
-    d = mask_difference([runs], [runs], 100)
+    d = mask_difference([runs], [runs], Resampling(100))
     assert (d.p.dropna() == 1).all() and (d.difference.dropna() == 0).all() and d.p.notna().sum() > 10
     assert d.p[d.metric == 'dice_negative'].isna().all()
 
 
 def test_paired_difference_is_its_definition():
     a, b = [[fold_of(s, 3.0, 1.5)] for s in range(2)], [[fold_of(9, 2.0, 1.5)]]
-    d, back = mask_difference(a, b, 200, seed=2), mask_difference(b, a, 200, seed=2)
-    ea, eb = evaluate_masks(a, 20), evaluate_masks(b, 20)
+    d, back = mask_difference(a, b, Resampling(200, 2)), mask_difference(b, a, Resampling(200, 2))
+    ea, eb = evaluate_masks(a, Resampling(20)), evaluate_masks(b, Resampling(20))
     assert (
         np.allclose(d.a, ea.value, equal_nan=True)
         and np.allclose(d.b, eb.value, equal_nan=True)
@@ -523,15 +526,17 @@ def test_paired_difference_is_its_definition():
 def test_prior_loses_against_sight_and_wins_against_chance():
     prior = [prior_of(f) for f in range(2)]
     good, chance = ([fold_of(50 + f, shift, 1.0, f) for f in range(2)] for shift in (3.0, 0.0))
-    d = mask_difference([good], [prior], 300).set_index('metric')
+    d = mask_difference([good], [prior], Resampling(300)).set_index('metric')
     assert (d.lo[['dice', 'iou', 'pixel_ap']] > 0).all() and (d.p[['dice', 'pixel_ap']] < 0.05).all()
-    d = mask_difference([chance], [prior], 300).set_index('metric')
+    d = mask_difference([chance], [prior], Resampling(300)).set_index('metric')
     assert (d.hi[['dice', 'pixel_ap']] < 0).all(), 'a mask of noise does not beat the place'
 
 
 def test_false_alarms_of_the_paired_test():
     ps = [
-        mask_difference([[fold_of(2 * s, 2.0, 2.0, truth=s)]], [[fold_of(2 * s + 1, 2.0, 2.0, truth=s)]], 100)
+        mask_difference(
+            [[fold_of(2 * s, 2.0, 2.0, truth=s)]], [[fold_of(2 * s + 1, 2.0, 2.0, truth=s)]], Resampling(100)
+        )
         .set_index('metric')
         .p['dice']
         for s in range(20)
@@ -563,7 +568,7 @@ def test_the_whole_study_in_seconds():
         np.zeros(0, int),
     )
     start = time.perf_counter()
-    evaluate_masks([[s]], 1000)
+    evaluate_masks([[s]], Resampling(1000))
     took = time.perf_counter() - start
     print(f'1,000 resamples of {len(MASK_METRICS)} metrics, {len(s.of("test"))} images: {took:.1f} s')
     assert took < 15

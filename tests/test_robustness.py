@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from cxrpaper.evaluation.metrics import probabilities, simulate_predictions
+from cxrpaper.evaluation.metrics import Resampling, probabilities, simulate_predictions
 from cxrpaper.questions.robustness import (
     CORRUPTIONS,
     Reader,
@@ -122,12 +122,12 @@ def test_texture_is_lost_with_resolution_and_brightness_is_not():
 
 def test_external_drop_and_averages():
     a, b = simulate_predictions(150, 0), simulate_predictions(150, 1, separation=0.3)
-    d = external_drop(a, [b, b], n_boot=100).set_index('name')
+    d = external_drop(a, [b, b], how=Resampling(100)).set_index('name')
     assert np.isclose(d.value['drop'], d.value['internal'] - d.value['external']) and np.isclose(
         d.value['external'], d.value['ensemble']
     )
     assert 'drop found' in drop_verdict(d.reset_index()) and 'no drop is shown' in drop_verdict(
-        external_drop(a, [simulate_predictions(150, 0)], n_boot=100)
+        external_drop(a, [simulate_predictions(150, 0)], how=Resampling(100))
     )
     with pytest.raises(InputError, match='other images'):
         average_models([a, a[1:]])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cxrpaper.evaluation.metrics import resampled_units
+from cxrpaper.evaluation.metrics import Resampling, resampled_units
 from cxrpaper.models.multitask import MultiTask, multitask_encoder
 from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.questions.saliency import (
@@ -236,7 +236,7 @@ def test_baselines_never_see_the_patient(seed):
 def test_table_equals_a_naive_bootstrap():
     maps, masks, who = random_case(3, 20, patients=8)
     masks[4] = False
-    t = saliency_table({'m': maps}, masks, who, n_boot=50, seed=2).set_index(['metric', 'than'])
+    t = saliency_table({'m': maps}, masks, who, how=Resampling(50, 2)).set_index(['metric', 'than'])
     keep = masks.any((1, 2))
     own, than = saliency_differences(maps[keep], masks[keep], who[keep])
     names = np.unique(who[keep])
@@ -273,7 +273,7 @@ def test_verdicts():
         coarse=at_resolution(masks, 8),
         point=at_resolution(masks, 1),
     )
-    t = saliency_table(maps, masks, who, n_boot=300)
+    t = saliency_table(maps, masks, who, how=Resampling(300))
     say = {k: saliency_verdict(t, k) for k in maps}
     assert say['own'].startswith('found') and say['coarse'].startswith('found')
     assert all(say[k].startswith('not found') for k in ('prior', 'mirrored', 'point'))
@@ -309,11 +309,16 @@ def test_sanity_check_sees_what_depends_on_the_weights():
     b = Batches(images, np.arange(8), labels, 8)
     who = np.arange(8)
     ignores = sanity_check(
-        model, b, who, lambda model, batches: batches.images[batches.rows].astype(float), shares=(0, 1), n_boot=50
+        model,
+        b,
+        who,
+        lambda model, batches: batches.images[batches.rows].astype(float),
+        shares=(0, 1),
+        how=Resampling(50),
     )
     assert np.allclose(ignores.value, 1) and sanity_verdict(ignores).startswith('fails')
     noise = iter(np.random.default_rng(0).random((9, 8, 8, 8)))
-    depends = sanity_check(model, b, who, lambda *_: next(noise), shares=(1,), n_boot=50)
+    depends = sanity_check(model, b, who, lambda *_: next(noise), shares=(1,), how=Resampling(50))
     assert abs(depends.value[0]) < 0.1 and sanity_verdict(depends).startswith('passes')
     with pytest.raises(InputError, match='empty'):
         sanity_check(model, b, who, lambda *_: np.zeros((8, 4, 4)))

@@ -91,7 +91,7 @@ def test_false_alarms_of_the_rule():
                 'x',
                 {
                     str(k): S.auc_samples(
-                        simulate_predictions(80, 4 * s + k, separation=0.0, shares=(0.25,) * 4), 200, s
+                        simulate_predictions(80, 4 * s + k, separation=0.0, shares=(0.25,) * 4), Resampling(200, s)
                     )
                     for k in range(4)
                 },
@@ -105,16 +105,16 @@ def test_false_alarms_of_the_rule():
 
 def test_auc_samples_are_those_of_metrics():
     d = simulate_predictions(60, 3)
-    v, s, n = S.auc_samples(d, 200, 5)
+    v, s, n = S.auc_samples(d, Resampling(200, 5))
     b = bootstrap(d, Resampling(200, 5), metrics=['auc_macro']).iloc[0]
     assert (v, n) == (pytest.approx(b.value), 60) and np.quantile(s, [0.025, 0.975]) == pytest.approx([b.lo, b.hi])
 
 
 def test_inflation_is_paired_only_where_the_images_are_the_same():
     a = simulate_predictions(80, 1)
-    same = S.split_inflation(dict(group=a, image=a), 200)
+    same = S.split_inflation(dict(group=a, image=a), Resampling(200))
     assert same.value.iloc[-1] == same.lo.iloc[-1] == same.hi.iloc[-1] == 0
-    other = S.split_inflation(dict(group=a, image=a.iloc[:-3]), 200)
+    other = S.split_inflation(dict(group=a, image=a.iloc[:-3]), Resampling(200))
     assert (
         other.hi.iloc[-1] - other.lo.iloc[-1] > 0.02
         and 'unpaired' in other.test.iloc[-1]
@@ -198,8 +198,8 @@ def test_a_model_that_reads_a_corner_is_caught(corner):
         S.occluded_predictions(Corner(corner), Batches(x, rows, y, 40), table(160, label=y), changes, fold=f)
         for f, rows in enumerate(np.split(np.arange(160), 2))
     ]
-    o = S.occlusion_table(ask(S.occlusions(lungs)), 300).set_index('test')
-    m = S.marker_table(ask(S.markers(lungs)), 300).set_index('test')
+    o = S.occlusion_table(ask(S.occlusions(lungs)), Resampling(300)).set_index('test')
+    m = S.marker_table(ask(S.markers(lungs)), Resampling(300)).set_index('test')
     assert o.value['image'] > 0.9 and o.value['constant'] == 0.5
     said = set(o.verdict[list(S.WITHOUT_LUNGS)])
     assert said == {'found'} if corner else 'found' not in said  # silent: ruled out, or too few patients to say
@@ -216,7 +216,7 @@ def test_parts_must_fit():
         with pytest.raises(InputError):
             S.pool_parts(parts)
     with pytest.raises(InputError):
-        S.marker_table({'image': d, 'x': d.iloc[::-1]}, 50)
+        S.marker_table({'image': d, 'x': d.iloc[::-1]}, Resampling(50))
 
 
 def test_attribute_needs_both():
@@ -229,7 +229,7 @@ def test_attribute_needs_both():
     sees[:, 0] += 4 * v
     tied, free = np.where(v == 1, g.choice([1, 1, 1, 2], n), g.integers(0, 4, n)), g.integers(0, 4, n)
     said = {
-        (a, b): S.attribute_probes(x, t.assign(label=y), n_boot=300).set_index('test').verdict['view']
+        (a, b): S.attribute_probes(x, t.assign(label=y), how=Resampling(300)).set_index('test').verdict['view']
         for a, x in (('sees', sees), ('blind', blind))
         for b, y in (('tied', tied), ('free', free))
     }
@@ -248,11 +248,13 @@ def test_levels():
 
 
 def test_rows_go_into_one_table():
-    empty = S.attribute_probes(np.zeros((12, 2)) + np.arange(12)[:, None], table(12), n_boot=20)
+    empty = S.attribute_probes(np.zeros((12, 2)) + np.arange(12)[:, None], table(12), how=Resampling(20))
     assert not len(empty) and list(empty) == S.COLUMNS
     d = simulate_predictions(60, 1)
     r = S.shortcut_rows(
-        S.split_inflation(dict(group=d, study=d), 50), S.baseline_rows(dict(prior=d, size=d), 50), empty
+        S.split_inflation(dict(group=d, study=d), Resampling(50)),
+        S.baseline_rows(dict(prior=d, size=d), Resampling(50)),
+        empty,
     )
     assert list(r) == S.COLUMNS and set(r.part) == {'split', 'baseline'} and len(S.shortcut_rows(r, verdicts=True)) == 2
 

@@ -91,7 +91,7 @@ def add_made_up(root):
 def register(notebook, name, line):
     "Put a line last into the dict or list `name` that a notebook exports, and its imports before it."
     nb = nbformat.read(notebook, 4)
-    start = re.compile(rf'^{name} = (dict\(|\[)\n', re.M)
+    start = re.compile(rf'^{name} = (dict\(|\[).*\n', re.M)
     (cell,) = (c for c in nb.cells if start.search(c.source))
     imports = ''.join(s for s in line.splitlines(True) if s.startswith('from '))
     end = re.compile(r'^[)\]]', re.M).search(cell.source, start.search(cell.source).end()).start()

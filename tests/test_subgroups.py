@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cxrpaper.evaluation.metrics import holm, probabilities
+from cxrpaper.evaluation.metrics import Resampling, holm, probabilities
 from cxrpaper.questions.subgroups import (
     METRICS,
     TOO_FEW,
@@ -24,7 +24,7 @@ DF = simulate_subgroups(300, 3, gap=0.5)
 
 
 def test_metrics_of_a_group_against_scikit_learn():
-    t = subgroup_metrics(DF, ['view'], n_boot=20)
+    t = subgroup_metrics(DF, ['view'], how=Resampling(20))
     rows = subgroup_rows(DF)
     for v in ('AP', 'PA'):
         d = rows[rows['view'] == v]
@@ -39,7 +39,7 @@ def test_metrics_of_a_group_against_scikit_learn():
 
 
 def test_gap_is_group_minus_all_others_and_holm_runs_over_all_rows():
-    g = subgroup_gaps(DF, ['detector', 'sex'], n_boot=40)
+    g = subgroup_gaps(DF, ['detector', 'sex'], how=Resampling(40))
     rows = subgroup_rows(DF)
     r = g[(g.group == 'A') & (g.metric == 'accuracy')].iloc[0]
     right = probabilities(rows).argmax(1) == rows.label
@@ -58,13 +58,13 @@ def test_standardised_weights_give_the_wanted_shares_in_every_resample():
 
 def test_unknown_is_shown_but_not_compared():
     d = DF.assign(sex=DF.sex.where(DF.patient > 'p000080', ''))
-    assert 'unknown' in set(subgroup_metrics(d, ['sex'], ['accuracy'], n_boot=20).group)
-    assert set(subgroup_gaps(d, ['sex'], ['accuracy'], n_boot=20).group) == {'F'}
+    assert 'unknown' in set(subgroup_metrics(d, ['sex'], ['accuracy'], how=Resampling(20)).group)
+    assert set(subgroup_gaps(d, ['sex'], ['accuracy'], how=Resampling(20)).group) == {'F'}
 
 
 def test_a_small_group_is_not_shown_whatever_it_scores():
     d = DF.assign(site=np.where(DF.patient < 'p000010', 'small', 'large'))
-    g = subgroup_gaps(d, ['site'], n_boot=20)
+    g = subgroup_gaps(d, ['site'], how=Resampling(20))
     assert set(g.note) == {TOO_FEW} and g.p.isna().all() and TOO_FEW in gap_verdict(g)
 
 
@@ -80,7 +80,7 @@ def test_a_perfect_group_is_not_certain():
     d = pd.DataFrame({k: ids for k in ('image', 'study', 'patient', 'group')}).assign(
         fold=0, split='test', label=y, logit_0=-z, logit_1=z, logit_2=-9.0, logit_3=-9.0, site=np.where(small, 's', 't')
     )
-    r = subgroup_gaps(d, ['site'], ['accuracy'], n_boot=100).iloc[0]
+    r = subgroup_gaps(d, ['site'], ['accuracy'], how=Resampling(100)).iloc[0]
     assert r.value + r.others > 1.8 and r.p > 0.05
     assert chance_error('accuracy', 0.9, [24]) > 0.05
 
@@ -92,5 +92,5 @@ def test_errors():
         subgroup_gaps(DF, metrics=['dice'])
     with pytest.raises(InputError, match='no attribute has two known groups'):
         subgroup_gaps(DF.assign(site='one'), ['site'])
-    no_val = subgroup_metrics(DF[DF.split == 'test'], ['sex'], n_boot=20)
+    no_val = subgroup_metrics(DF[DF.split == 'test'], ['sex'], how=Resampling(20))
     assert not set(no_val.metric) & {'sensitivity', 'specificity'} and set(METRICS) & set(no_val.metric)

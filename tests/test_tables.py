@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from cxrpaper.evaluation import report
 from cxrpaper.evaluation import rows as R
 from cxrpaper.evaluation.masks import STEPS, MaskScores, evaluate_masks
-from cxrpaper.evaluation.metrics import point_metrics, probabilities, read_cases, simulate_predictions
+from cxrpaper.evaluation.metrics import Resampling, point_metrics, probabilities, read_cases, simulate_predictions
 from cxrpaper.paper import tables as T
 from cxrpaper.schema import CLASSES
 
@@ -109,7 +109,7 @@ def check(long, frames, names):
 
 
 def test_table2_keeps_every_seed(study):
-    long, _, _ = T.backbone_table(study, 100)
+    long, _, _ = T.backbone_table(study, Resampling(100))
     for row in study['table2']:
         check(long[long.row == f"{row['arch']}, {row['pretrain']}"], frames_of(row, SEEDS), SEEDS)
     baselines = long[long.row.str.startswith('metadata baseline')]
@@ -117,22 +117,22 @@ def test_table2_keeps_every_seed(study):
 
 
 def test_tables_3_to_5_keep_every_seed(study):
-    frames, long = R.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, 100, 0)
+    frames, long = R.evaluated(study, {'x': study['table4'][1], 'y': study['table4'][0]}, Resampling(100))
     for k in frames:
         check(long[long.row == k], frames[k], SEEDS)
 
 
 def test_table6_keeps_every_draw(study):
-    long, frames = T.label_evaluations(study, 100)
+    long, frames = T.label_evaluations(study, Resampling(100))
     for (k, f), v in frames.items():
         check(long[(long.row == k) & (long.labels == f)], v, study['table6']['draws'])
 
 
 def test_masks_keep_every_seed(study):
-    _, _, masks, _ = T.multitask_table(study, 100)
+    _, _, masks, _ = T.multitask_table(study, Resampling(100))
     own = masks[(masks.row == 'multi-task') & ~masks.metric.str.startswith('study_')].set_index('metric')
     for s, runs in zip(SEEDS, masks_of(SEEDS)):
-        alone = evaluate_masks([runs], 100).set_index('metric').value
+        alone = evaluate_masks([runs], Resampling(100)).set_index('metric').value
         assert len(alone) == len(own)
         np.testing.assert_array_equal(
             own.seeds.map(lambda t: R.read_seeds(t)[s]), alone[own.index]
@@ -146,14 +146,14 @@ def test_other_seeds_are_noticed(study):
     "The counter-test: two seeds exchanged, or one too few."
     frames = frames_of('x', SEEDS)
     with pytest.raises(AssertionError):
-        check(R.evaluate_seeds(frames[::-1], SEEDS, 100), frames, SEEDS)
+        check(R.evaluate_seeds(frames[::-1], SEEDS, Resampling(100)), frames, SEEDS)
     with pytest.raises(ValueError):
         R.evaluate_seeds(frames, SEEDS[:2], 100)
 
 
 def test_csv_keeps_all_digits(tmp_path):
     f = frames_of('x', SEEDS)
-    long = R.evaluate_seeds(f, SEEDS, 100).assign(row='x')
+    long = R.evaluate_seeds(f, SEEDS, Resampling(100)).assign(row='x')
     report.write_table('t', long, [report.wide(long, report.BY_CLASS)], 'c', [], tmp_path)
     back = pd.read_csv(tmp_path / 't.csv')
     for s, d in zip(SEEDS, f):

@@ -16,7 +16,6 @@ from cxrpaper.evaluation.metrics import (
     bootstrap_difference,
     confusion,
     percentile_interval,
-    resampled_units,
     simulate_predictions,
 )
 from ..runs import InputError, rng
@@ -82,9 +81,7 @@ def kappa(
     patients=None,  # (N,) what is resampled; None: every image its own
     weights=None,  # None or 'quadratic'
     n_classes: int = 4,  # at most 4
-    n_boot: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
 ) -> dict:  # kappa, lo, hi, agreement, n, n_units, n_boot
     "Cohen's kappa with the percentile interval of resampled patients."
     a, b = np.asarray(a), np.asarray(b)
@@ -96,9 +93,7 @@ def kappa(
         raise InputError('a class outside the scale', field='kappa', hint=f'give 0 to {n_classes - 1}')
     who, unit = np.unique(np.arange(len(a)) if patients is None else np.asarray(patients), return_inverse=True)
     of = lambda w: kappa_of(confusion(a.astype(int), b.astype(int), w)[:, :n_classes, :n_classes], weights)
-    lo, hi, used = percentile_interval(
-        np.concatenate([of(q[unit]) for q in resampled_units(len(who), n_boot, seed)]), level
-    )
+    lo, hi, used = percentile_interval(np.concatenate([of(q[unit]) for q in how.weights(len(who))]), how.level)
     return dict(
         kappa=float(of(np.ones((len(a), 1)))[0]),
         lo=lo,

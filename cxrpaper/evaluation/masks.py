@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from ..data.store import pixel_span
-from .metrics import bootstrap_p, percentile_interval, resampled_units
+from .metrics import DEFAULT, Resampling, bootstrap_p, resampled_units
 from ..runs import InputError, atomic, resolve, show_path
 from ..schema import CLASSES
 
@@ -467,31 +467,25 @@ def _seed_cases(seeds, unit, by, leaky):  # one list of runs per seed
     return cases
 
 
-def _resample(cases, weights, n_boot, seed):  # weights: one number per case
+def _resample(cases, weights, how: Resampling):  # weights: one number per case
     "Point values of each case (C,K), and resampled values of their weighted sum (K,n_boot)."
     points = np.array([c.samples(np.ones((c.n_units, 1)))[:, 0] for c in cases])
-    parts = [
-        sum(w * c.samples(counts) for w, c in zip(weights, cases))
-        for counts in resampled_units(cases[0].n_units, n_boot, seed)
-    ]
+    parts = [sum(w * c.samples(counts) for w, c in zip(weights, cases)) for counts in how.weights(cases[0].n_units)]
     return points, np.concatenate(parts, 1)
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900059
 def evaluate_masks(
     seeds,  # one list of runs (MaskScores of a fold, with val and test rows) per seed
-    n_boot: int = 2000,  # resamples
-    seed: int = 0,  # of the resampling
-    unit: str = 'group',  # what is resampled
+    how: Resampling = DEFAULT,
     by: str = 'image',  # image, or study: its images are averaged first
-    level: float = 0.95,
     leaky: bool = False,  # True only where a leaking split is the subject
 ) -> pd.DataFrame:  # metric, value, lo, hi, n, n_units, n_boot, n_seeds
     "Mask metrics averaged over seeds, each with its percentile interval over resampled patients."
-    cases = _seed_cases(seeds, unit, by, leaky)
-    points, samples = _resample(cases, [1 / len(cases)] * len(cases), n_boot, seed)
+    cases = _seed_cases(seeds, how.unit, by, leaky)
+    points, samples = _resample(cases, [1 / len(cases)] * len(cases), how)
     rows = []
     for i, k in enumerate(MASK_METRICS):
-        lo, hi, used = percentile_interval(samples[i], level)
+        lo, hi, used = how.interval(samples[i])
         rows.append(
             dict(
                 metric=k,
@@ -510,11 +504,8 @@ def evaluate_masks(
 def mask_difference(
     a,
     b,  # one list of runs per seed, of A and of B
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
+    how: Resampling = DEFAULT,
     by: str = 'image',
-    level: float = 0.95,
     leaky: bool = False,
 ) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, p, n, n_units, n_boot
     "A minus B on the same resampled patients, with percentile interval and two-sided p."
@@ -523,11 +514,11 @@ def mask_difference(
             raise InputError(
                 'no list of runs', field=field, hint='give one list of MaskScores (one a fold) for each seed'
             )
-    cases = _seed_cases([*a, *b], unit, by, leaky)
-    points, samples = _resample(cases, [1 / len(a)] * len(a) + [-1 / len(b)] * len(b), n_boot, seed)
+    cases = _seed_cases([*a, *b], how.unit, by, leaky)
+    points, samples = _resample(cases, [1 / len(a)] * len(a) + [-1 / len(b)] * len(b), how)
     rows = []
     for i, k in enumerate(MASK_METRICS):
-        lo, hi, used = percentile_interval(samples[i], level)
+        lo, hi, used = how.interval(samples[i])
         tied = np.where(abs(samples[i]) <= 1e-12, 0, samples[i])  # a tie stays a tie, whatever the order of summing
         one, two = points[: len(a), i].mean(), points[len(a) :, i].mean()
         rows.append(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .masks import MASK_METRICS, evaluate_masks, load_mask_scores, mask_cases
-from .metrics import Resampling, bootstrap_difference, evaluate, holm, read_cases
+from .metrics import DEFAULT, Resampling, bootstrap_difference, evaluate, holm, read_cases
 from .predictions import row_frames
 from ..runs import resolve
 from ..study import row_runs
@@ -33,31 +33,28 @@ def once(cases):
 def evaluate_seeds(
     frames: list,  # predictions, one frame per seed
     names: list,  # the seeds
-    n_boot=2000,
-    seed=0,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # as `evaluate`, and seeds
     "Every metric, averaged over seeds with its interval, and seed by seed."
     points = [{k: v[0] for k, v in once(read_cases(f)).items()} for f in frames]
-    return evaluate(frames, Resampling(n_boot, seed)).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
+    return evaluate(frames, how).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
 
 
 def evaluate_mask_seeds(
     seeds: list,  # one list of MaskScores (one a fold) per seed
     names: list,
-    n_boot=2000,
-    seed=0,
+    how: Resampling = DEFAULT,
     by='image',
 ) -> pd.DataFrame:  # as `evaluate_masks`, and seeds
     "The same of masks."
     points = [dict(zip(MASK_METRICS, once(mask_cases(runs, by=by))[:, 0])) for runs in seeds]
-    return evaluate_masks(seeds, n_boot, seed, by=by).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
+    return evaluate_masks(seeds, how, by=by).assign(seeds=lambda d: d.metric.map(as_seeds(names, points)))
 
 # %% ../../nbs/appendix/evaluation/rows.ipynb #81b988dc
 def differences(
     frames: dict,  # row -> one frame per seed
     pairs: list,  # (row, row to compare with, question)
-    n_boot=2000,
-    seed=0,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # row, than, question, metric, a, b, value (a - b), lo, hi, p, p_holm, n, n_units, n_boot
     "Paired differences of every metric; p corrected by Holm over the pairs that ask the same question, for each metric by itself."
     columns = [
@@ -81,18 +78,20 @@ def differences(
     made = [
         d.assign(row=[a] * len(d), than=[b] * len(d), question=q)
         for a, b, q in pairs
-        for d in [bootstrap_difference(frames[a], frames[b], Resampling(n_boot, seed))]
+        for d in [bootstrap_difference(frames[a], frames[b], how)]
     ]
     out = pd.concat(made, ignore_index=True).rename(columns=dict(difference='value'))
     out['p_holm'] = out.groupby(['metric', 'question']).p.transform(holm)
     return out[columns]
 
 # %% ../../nbs/appendix/evaluation/rows.ipynb #2f82f73a
-def evaluated(study, rows, n_boot, seed) -> tuple:  # rows: title -> row; (title -> frames, every metric of every row)
+def evaluated(
+    study, rows, how: Resampling
+) -> tuple:  # rows: title -> row; (title -> frames, every metric of every row)
     frames = {k: row_frames(study, r) for k, r in rows.items()}
     long = pd.concat(
         [
-            evaluate_seeds(f, study['seeds'], n_boot, seed).assign(row=k, runs=' '.join(row_runs(study, rows[k])))
+            evaluate_seeds(f, study['seeds'], how).assign(row=k, runs=' '.join(row_runs(study, rows[k])))
             for k, f in frames.items()
         ],
         ignore_index=True,

@@ -19,7 +19,7 @@ import torch
 from ..data.dicom import read_radiograph
 from ..data.store import decode
 from ..evaluation.masks import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
-from ..evaluation.metrics import Resampling, bootstrap, curve_band, evaluate
+from ..evaluation.metrics import DEFAULT, Resampling, bootstrap, curve_band, evaluate
 from ..evaluation.predictions import row_frames
 from ..evaluation.report import COLOURS, LINES, STYLE, cell, dark_edge
 from ..evaluation.rows import mask_runs
@@ -75,16 +75,15 @@ def figure_examples(cohort, n=4, seed=0):
 # %% ../../nbs/07_figures.ipynb #52a65e32
 def figure_curves(
     df: pd.DataFrame,  # pooled test predictions of one seed
-    n_boot=2000,
-    seed=0,
+    how: Resampling = DEFAULT,
 ):
     "Figure 4: ROC and precision-recall curve of every class with 95 % bands."
-    r = bootstrap(df, Resampling(n_boot, seed)).set_index('metric')
+    r = bootstrap(df, how).set_index('metric')
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(1, 2, figsize=(7, 4.6))
         for k, c in enumerate(CLASSES):
             for ax, kind, m in zip(axs, ('roc', 'pr'), ('auc', 'ap')):
-                b = curve_band(df, k, kind, how=Resampling(n_boot, seed))
+                b = curve_band(df, k, kind, how=how)
                 ax.fill_between(b.x, b.lo, b.hi, color=COLOURS[c], alpha=0.13, lw=0)
                 ax.plot(b.x, b.y, color=COLOURS[c], ls=LINES[c], label=f"{c}: {cell(r.loc[f'{m}_{c}'])}")
             axs[1].axhline((df.label == k).mean(), color=COLOURS[c], ls=LINES[c], lw=0.6)
@@ -186,18 +185,14 @@ def weight_sweep(study) -> list:  # [(weight, row)], the single-task row first, 
     return [(0.0, base)] + sorted(rows, key=lambda t: t[0])
 
 
-def figure_sweep(study, n_boot=2000, seed=0):
+def figure_sweep(study, how: Resampling = DEFAULT):
     "Figure 13: macro AUC and Dice against the weight of the segmentation loss."
     rows = weight_sweep(study)
-    auc = pd.concat(
-        [evaluate(row_frames(study, r), Resampling(n_boot, seed), metrics=['auc_macro']) for _, r in rows],
-        ignore_index=True,
-    )
+    auc = pd.concat([evaluate(row_frames(study, r), how, metrics=['auc_macro']) for _, r in rows], ignore_index=True)
     dice = pd.concat(
-        [evaluate_masks(mask_runs(study, r), n_boot, seed).query("metric == 'dice'") for w, r in rows if w],
-        ignore_index=True,
+        [evaluate_masks(mask_runs(study, r), how).query("metric == 'dice'") for w, r in rows if w], ignore_index=True
     )
-    prior = evaluate_masks(mask_runs(study, rows[1][1], 'prior')[:1], n_boot, seed).set_index('metric').loc['dice']
+    prior = evaluate_masks(mask_runs(study, rows[1][1], 'prior')[:1], how).set_index('metric').loc['dice']
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.6))
         for ax, d, first in zip(axs, (auc, dice), (0, 1)):

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.cohort import load_cohort, table_cohort
 from ..evaluation.baselines import BASELINES
-from ..evaluation.metrics import Resampling, evaluate
+from ..evaluation.metrics import DEFAULT, Resampling, evaluate
 from ..evaluation.predictions import baseline_frame, baseline_path, label_frames, row_frames
 from ..evaluation.report import BASELINE_NAMES, BY_CLASS, MAIN, cell, wide
 from ..evaluation.rows import differences, evaluate_mask_seeds, evaluate_seeds, evaluated, mask_runs
@@ -46,7 +46,9 @@ def cohort_table(study: dict) -> tuple:  # (table, cohort folder)
     return table_cohort(cohort, cohort.images.fold.values), folder
 
 # %% ../../nbs/06_tables.ipynb #3a9743c2
-def backbone_table(study: dict, n_boot=2000, seed=0) -> tuple:  # (long table, costs by row, frames of the first row)
+def backbone_table(
+    study: dict, how: Resampling = DEFAULT
+) -> tuple:  # (long table, costs by row, frames of the first row)
     "Every metric of every row of Table 2, metadata baselines last."
     rows, costs, first = [], {}, None
     for row in study['table2']:
@@ -56,11 +58,11 @@ def backbone_table(study: dict, n_boot=2000, seed=0) -> tuple:  # (long table, c
         prov = load_run(runs[0])
         name = f"{row['arch']}, {row['pretrain']}"
         costs[name] = {'parameters (M)': f"{prov['n_params'] / 1e6:.2f}", 'MACs (G)': f"{prov['macs'] / 1e9:.2f}"}
-        rows.append(evaluate_seeds(frames, study['seeds'], n_boot, seed).assign(row=name, runs=' '.join(runs)))
+        rows.append(evaluate_seeds(frames, study['seeds'], how).assign(row=name, runs=' '.join(runs)))
     for kind in BASELINES:
         costs[BASELINE_NAMES[kind]] = {'parameters (M)': '', 'MACs (G)': ''}
         rows.append(
-            evaluate([baseline_frame(study, kind)], Resampling(n_boot, seed)).assign(
+            evaluate([baseline_frame(study, kind)], how).assign(
                 seeds='', row=BASELINE_NAMES[kind], runs=baseline_path(study, kind)
             )
         )
@@ -90,11 +92,11 @@ def verdict(
 
 # %% ../../nbs/06_tables.ipynb #2f82f73a
 def multitask_table(
-    study: dict, n_boot=2000, seed=0
+    study: dict, how: Resampling = DEFAULT
 ) -> tuple:  # (every metric, differences, mask metrics, frames of the first row)
     "The numbers of Table 3: rows as in the study file, the box prior last among the masks; `study_` marks mask metrics whose images were averaged by study first."
     rows = {row_title(r): r for r in study['table3']}
-    frames, long = evaluated(study, rows, n_boot, seed)
+    frames, long = evaluated(study, rows, how)
     others = [(k, 'single-task', 'more tasks') for k in rows if k != 'single-task'] + [
         ('multi-task', k, 'place') for c in CONTROLS if (k := f'multi-task, {c} masks') in rows
     ]
@@ -103,13 +105,13 @@ def multitask_table(
         ('box prior', drawn[0][1], mask_runs(study, drawn[0][1], 'prior')[:1], study['seeds'][:1])
     )  # the same for every seed
     masks = [
-        evaluate_mask_seeds(m, s, n_boot, seed, by).assign(
+        evaluate_mask_seeds(m, s, by=by, how=how).assign(
             metric=lambda d: prefix + d.metric, row=k, runs=' '.join(row_runs(study, r))
         )
         for k, r, m, s in drawn
         for by, prefix in (('image', ''), ('study', 'study_'))
     ]
-    return long, differences(frames, others, n_boot, seed), pd.concat(masks, ignore_index=True), frames['single-task']
+    return long, differences(frames, others, how), pd.concat(masks, ignore_index=True), frames['single-task']
 
 # %% ../../nbs/06_tables.ipynb #50641d4d
 MASK_COLUMNS = dict(
@@ -165,12 +167,12 @@ def against(
 
 
 def pretraining_table(
-    study: dict, n_boot=2000, seed=0
+    study: dict, how: Resampling = DEFAULT
 ) -> tuple:  # (every metric, differences, frames of the first row)
     "The numbers of Table 4, rows as in the study file."
     rows = {pretrain_title(r): r for r in study['table4']}
-    frames, long = evaluated(study, rows, n_boot, seed)
-    return long, differences(frames, against(rows), n_boot, seed), next(iter(frames.values()))
+    frames, long = evaluated(study, rows, how)
+    return long, differences(frames, against(rows), how), next(iter(frames.values()))
 
 # %% ../../nbs/06_tables.ipynb #108f1dad
 def judged(d, alpha=0.05) -> str:  # one row of `differences`
@@ -201,12 +203,14 @@ def pretraining_verdict(diffs: pd.DataFrame, metric='auc_macro') -> str:
     )
 
 # %% ../../nbs/06_tables.ipynb #9e9a25c3
-def class_table(study: dict, n_boot=2000, seed=0) -> tuple:  # (every metric, differences, frames of the first row)
+def class_table(
+    study: dict, how: Resampling = DEFAULT
+) -> tuple:  # (every metric, differences, frames of the first row)
     "The numbers of Table 5."
     rows = {pretrain_title(r): r for r in evaluated_rows(study)}
-    frames, long = evaluated(study, rows, n_boot, seed)
+    frames, long = evaluated(study, rows, how)
     first, *others = rows
-    return long, differences(frames, [(k, first, 'first row') for k in others], n_boot, seed), frames[first]
+    return long, differences(frames, [(k, first, 'first row') for k in others], how), frames[first]
 
 
 def class_differences(diffs, metrics=('auc_macro', *BY_CLASS)) -> pd.DataFrame:
@@ -254,7 +258,7 @@ def label_pairs(
     return [p for p in pairs if p[1][0]]
 
 # %% ../../nbs/06_tables.ipynb #1f4f9806
-def label_evaluations(study: dict, n_boot=2000, seed=0) -> tuple:  # (every metric, (title, share) -> frames)
+def label_evaluations(study: dict, how: Resampling = DEFAULT) -> tuple:  # (every metric, (title, share) -> frames)
     "Every cell of Table 6: `labels` is the share, `n_train` the mean number of training images."
     rows = {label_title(r): r for r in study['table6']['rows']}
     frames = {(k, f): label_frames(study, r, f) for k, r in rows.items() for f in study['table6']['fractions']}
@@ -264,19 +268,18 @@ def label_evaluations(study: dict, n_boot=2000, seed=0) -> tuple:  # (every metr
         return dict(row=k, labels=f, n_train=np.mean([load_run(r)['n']['train'] for r in runs]), runs=' '.join(runs))
 
     return pd.concat(
-        [evaluate_seeds(v, study['table6']['draws'], n_boot, seed).assign(**about(*key)) for key, v in frames.items()],
+        [evaluate_seeds(v, study['table6']['draws'], how).assign(**about(*key)) for key, v in frames.items()],
         ignore_index=True,
     ), frames
 
 
-def label_table(study: dict, n_boot=2000, seed=0) -> tuple:  # (every metric, differences, frames of the first cell)
+def label_table(
+    study: dict, how: Resampling = DEFAULT
+) -> tuple:  # (every metric, differences, frames of the first cell)
     "The numbers of Table 6."
-    long, frames = label_evaluations(study, n_boot, seed)
+    long, frames = label_evaluations(study, how)
     d = differences(
-        frames,
-        label_pairs({label_title(r): r for r in study['table6']['rows']}, study['table6']['fractions']),
-        n_boot,
-        seed,
+        frames, label_pairs({label_title(r): r for r in study['table6']['rows']}, study['table6']['fractions']), how
     )
     titled = lambda column, i: [t[i] for t in d[column]]
     return (

@@ -20,10 +20,11 @@ from scipy.optimize import brentq, minimize
 from scipy.special import logsumexp
 
 from cxrpaper.evaluation.metrics import (
+    DEFAULT,
     Cases,
+    Resampling,
     _aligned,
     check_predictions,
-    percentile_interval,
     probabilities,
     read_cases,
     resampled_units,
@@ -108,18 +109,15 @@ def reliability_curve(
     df: pd.DataFrame,  # predictions
     of='top',  # 'top', or a class
     bins: int = BINS,
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',  # what is resampled
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # score, share, lo, hi, n: one row per bin
     "Mean score and share of hits of each bin of the test rows, with the band of resampled patients."
-    n, s, h = bin_sums(c := read_cases(df, unit, leaky=leaky), of, bins)
-    parts = [(h @ q, n @ q) for q in resampled_units(c.n_units, n_boot, seed)]
+    n, s, h = bin_sums(c := read_cases(df, how.unit, leaky=leaky), of, bins)
+    parts = [(h @ q, n @ q) for q in how.weights(c.n_units)]
     hits, images = (np.hstack(v) for v in zip(*parts))
     drawn = np.divide(hits, images, out=np.full(hits.shape, np.nan), where=images > 0)
-    lo, hi, _ = np.array([percentile_interval(v, level) for v in drawn]).T
+    lo, hi, _ = np.array([how.interval(v) for v in drawn]).T
     return pd.DataFrame(
         dict(score=s.sum(1) / n.sum(1), share=h.sum(1) / n.sum(1), lo=lo, hi=hi, n=n.sum(1).astype(int))
     )
@@ -206,21 +204,18 @@ def error_interval(
 def calibration_errors(
     df: pd.DataFrame,  # predictions; the test rows count
     bins: int = BINS,
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # of, ece, ece_lo, ece_hi, squared, rms, lo, hi, p, n, n_units
     "Top-label, per class and classwise: plug-in ECE, debiased square and its root, intervals, and p of being calibrated."
-    c = read_cases(df, unit, leaky=leaky)
+    c = read_cases(df, how.unit, leaky=leaky)
     rows = []
     every = {of: gaps(c, of, bins) for of in ('top', *CLASSES, 'classwise')}
     stacked = np.vstack([g.influence for g in every.values()])
-    noise = np.hstack([stacked @ q for q in resampled_units(c.n_units, n_boot, seed)])
+    noise = np.hstack([stacked @ q for q in how.weights(c.n_units)])
     for of, g in every.items():
         e, noise = noise[: len(g.gap)], noise[len(g.gap) :]
-        (a, b), (lo, hi) = (error_interval(g, e, order, level) for order in (1, 2))
+        (a, b), (lo, hi) = (error_interval(g, e, order, how.level) for order in (1, 2))
         rows.append(
             dict(
                 of=of,
@@ -439,26 +434,23 @@ def calibration_difference(
     a,
     b,  # predictions of the same images: after and before
     bins: int = BINS,
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,
 ) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, n, n_units
     "A minus B on the same resampled patients: proper scores, accuracy, debiased squared calibration errors."
-    ca, cb = _aligned([a, b], unit, leaky)
+    ca, cb = _aligned([a, b], how.unit, leaky)
     sizes = np.bincount(ca.unit, minlength=ca.n_units)
     va, vb = (losses(c.y, c.p) | dict(accuracy=(c.p.argmax(1) == c.y).astype(float)) for c in (ca, cb))
     per = np.array([np.bincount(ca.unit, va[k] - vb[k], ca.n_units) for k in va])
     pairs = {f'squared_{of}': (gaps(ca, of, bins), gaps(cb, of, bins)) for of in ('top', 'classwise')}
     drawn, shift = [], []
-    for q in resampled_units(ca.n_units, n_boot, seed):
+    for q in how.weights(ca.n_units):
         drawn.append((per @ q) / (sizes @ q))
         square = lambda g: g.norm(g.gap[:, None] + g.influence @ q, 2) ** 2 - g.norm(g.gap, 2) ** 2 - g.variance
         shift.append([square(x) - square(y) for x, y in pairs.values()])
-    rows = [(k, va[k].mean(), vb[k].mean(), *percentile_interval(s, level)[:2]) for k, s in zip(va, np.hstack(drawn))]
+    rows = [(k, va[k].mean(), vb[k].mean(), *how.interval(s)[:2]) for k, s in zip(va, np.hstack(drawn))]
     for (k, (x, y)), s in zip(pairs.items(), np.hstack(shift)):
-        lo, hi = np.quantile(s, [(1 - level) / 2, (1 + level) / 2])
+        lo, hi = np.quantile(s, [(1 - how.level) / 2, (1 + how.level) / 2])
         rows.append((k, x.squared, y.squared, x.squared - y.squared - hi, x.squared - y.squared - lo))
     return pd.DataFrame(rows, columns=['metric', 'a', 'b', 'lo', 'hi']).assign(
         difference=lambda d: d.a - d.b, n=len(ca.y), n_units=ca.n_units
@@ -470,13 +462,11 @@ def draw_reliability(
     df: pd.DataFrame,  # predictions; the test rows count
     colours: dict,  # class -> colour
     bins: int = BINS,
-    n_boot: int = 500,
-    seed: int = 0,
-    unit: str = 'group',
+    how: Resampling = Resampling(500),
     leaky: bool = False,
 ) -> pd.DataFrame:  # of, score, share, lo, hi, n
     "Reliability diagrams with bands, and the histogram of confidence."
-    parts = {of: reliability_curve(df, of, bins, n_boot, seed, unit, leaky=leaky) for of in ('top', *CLASSES)}
+    parts = {of: reliability_curve(df, of, bins, how, leaky=leaky) for of in ('top', *CLASSES)}
     for of, d in parts.items():
         ax, colour = (axs[0], '0.25') if of == 'top' else (axs[1], colours[of])
         ax.fill_between(d.score, d.lo, d.hi, color=colour, alpha=0.2, lw=0)
@@ -487,7 +477,7 @@ def draw_reliability(
         ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=0.8, zorder=0)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=x, ylabel=what)
         ax.set_aspect('equal')
-    confidence, right = scores_of(read_cases(df, unit, leaky=leaky))
+    confidence, right = scores_of(read_cases(df, how.unit, leaky=leaky))
     axs[2].hist(
         confidence, np.linspace(0.25, 1, 16), color='0.75', weights=np.full(len(confidence), 1 / len(confidence))
     )
@@ -504,14 +494,11 @@ def calibration_part(s: Subject) -> dict:
     each = lambda f: pd.concat([f(df).assign(scaling=k) for k, df in frames.items()], ignore_index=True)
     parts = lambda df: pd.DataFrame([murphy(df.label.to_numpy(int), probabilities(df))])
     return dict(
-        calibration=each(lambda df: calibration_errors(df, n_boot=s.n_boot, seed=s.seed)),
+        calibration=each(lambda df: calibration_errors(df, how=s.how)),
         brier=each(parts),
         scaling=pd.concat([t.assign(scaling=k) for k, (_, t) in scaled.items()], ignore_index=True),
         scaling_difference=pd.concat(
-            [
-                calibration_difference(f, s.frame, n_boot=s.n_boot, seed=s.seed).assign(scaling=k)
-                for k, (f, _) in scaled.items()
-            ],
+            [calibration_difference(f, s.frame, how=s.how).assign(scaling=k) for k, (f, _) in scaled.items()],
             ignore_index=True,
         ),
     )
@@ -528,8 +515,7 @@ def calibration_rule(p):
 # %% ../../nbs/appendix/questions/calibration.ipynb #212ab80e
 def figure_calibration(
     folds: list,  # predictions with validation and test rows, a fold each
-    n_boot=1000,
-    seed=0,
+    how: Resampling = Resampling(1000),
 ):
     "Figure 7: reliability before and after temperature scaling, with the histogram of confidence."
     both = pd.concat(folds, ignore_index=True)
@@ -537,7 +523,7 @@ def figure_calibration(
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(2, 3, figsize=(7, 4.6))
         for line, (name, df) in zip(axs, frames.items()):
-            draw_reliability(line, df.reset_index(drop=True), COLOURS, n_boot=n_boot, seed=seed)
+            draw_reliability(line, df.reset_index(drop=True), COLOURS, how=how)
             tell_apart(line[1])
             plt.setp(line[1].collections, alpha=0.13)  # four bands over each other
             line[0].set_title(f'{name} (n = {len(df)})', loc='left')

@@ -18,10 +18,11 @@ import pandas as pd
 from scipy.special import digamma
 
 from cxrpaper.evaluation.metrics import (
+    DEFAULT,
+    Resampling,
     check_predictions,
     percentile_interval,
     probabilities,
-    resampled_units,
     roc_points,
     running_sum,
 )
@@ -97,23 +98,19 @@ def _column(df, column, lo=-np.inf, hi=np.inf):  # (N,) finite numbers within th
 def resampled(
     df: pd.DataFrame,  # predictions
     statistic,  # (N,B) weights -> (...,B)
-    unit: str = 'group',  # what is resampled: group, patient, study or image
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
 ) -> tuple:  # value (...), samples (...,n_boot)
     "A statistic of the rows as they are, and in each resample of the patients."
-    if unit not in ('group', 'patient', 'study', 'image'):
-        raise InputError(f'{unit!r} is not a unit', field='unit', hint='use group, patient, study or image')
-    names, code = np.unique(df[unit].astype(str), return_inverse=True)
+    names, code = np.unique(df[how.unit].astype(str), return_inverse=True)
     if len(names) < 2:
         raise InputError(
-            f'{len(names)} {unit}: an interval needs at least 2',
+            f'{len(names)} {how.unit}: an interval needs at least 2',
             file=df.attrs.get('run', 'predictions'),
-            field=unit,
+            field=how.unit,
             hint='evaluate more patients',
         )
     return statistic(np.ones((len(df), 1)))[..., 0], np.concatenate(
-        [statistic(q[code]) for q in resampled_units(len(names), n_boot, seed)], -1
+        [statistic(q[code]) for q in how.weights(len(names))], -1
     )
 
 
@@ -195,9 +192,7 @@ def operating_samples(
     form: str = 'validation',
     refit: bool = True,  # True: the threshold is learnt anew in every resample
     column=None,
-    unit: str = 'group',
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
 ) -> tuple:  # value (3,), samples (3,n_boot): sensitivity, specificity, threshold (mean over folds)
     "Both rates on the test rows, thresholds learnt fold by fold."
     positive, p = outcome(df, target, column)
@@ -210,7 +205,7 @@ def operating_samples(
         with np.errstate(invalid='ignore'):
             return np.array([hit / ill, let / well, np.broadcast_to(np.mean(t, 0), hit.shape)])
 
-    return resampled(df, rates, unit, n_boot, seed)
+    return resampled(df, rates, how)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #0e7bee43
 def operating_points(
@@ -221,10 +216,7 @@ def operating_points(
     forms=FORMS,
     refit: bool = True,
     columns=None,  # target -> column of its probability, None: the softmax
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,
 ) -> (
     pd.DataFrame
@@ -235,20 +227,18 @@ def operating_points(
     for target in targets:
         ill = outcome(test, target)[0].sum()
         for form in forms:
-            value, samples = operating_samples(
-                df, target, fixed, at, form, refit, (columns or {}).get(target), unit, n_boot, seed
-            )
+            value, samples = operating_samples(df, target, fixed, at, form, refit, (columns or {}).get(target), how)
             rows = _rows(
                 ['sensitivity', 'specificity'],
                 value[:2],
                 samples[:2],
-                level,
+                how.level,
                 target=target,
                 form=form,
                 fixed=fixed,
                 at=at,
             )
-            out.append(rows.assign(threshold=value[2], n=[ill, len(test) - ill], n_units=test[unit].nunique()))
+            out.append(rows.assign(threshold=value[2], n=[ill, len(test) - ill], n_units=test[how.unit].nunique()))
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #ed92e4f8
@@ -281,10 +271,7 @@ def decision_curve(
     target: str = 'any',
     column=None,  # column: calibrated probability of the target, None: the softmax as it is
     grid=GRID,
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # target, t, model, lo, hi, all, all_lo, all_hi, gain, gain_lo, gain_hi: gain over the better of all and none, from the same resamples
     "Net benefit of the test rows against threshold probability, with pointwise patient-bootstrap bands."
@@ -296,10 +283,10 @@ def decision_curve(
         model, everyone = net_benefit(positive, p, w, grid)
         return np.array([model, everyone, model - np.maximum(everyone, 0)])
 
-    value, samples = resampled(df, curves, unit, n_boot, seed)
+    value, samples = resampled(df, curves, how)
     out = pd.DataFrame(dict(target=target, t=grid))
     for name, at, v, s in zip(('model', 'all', 'gain'), ('', 'all_', 'gain_'), value, samples):
-        out[name], out[at + 'lo'], out[at + 'hi'] = v, *_interval(s, level)[:2]
+        out[name], out[at + 'lo'], out[at + 'hi'] = v, *_interval(s, how.level)[:2]
     return out
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #c7a7d6fe
@@ -360,19 +347,16 @@ def mistakes(df: pd.DataFrame, confidence=None) -> tuple:  # predictions; column
 def selective_summary(
     frames,
     confidence=None,  # column, None: largest softmax probability
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,
 ) -> pd.DataFrame:  # metric, value, lo, hi, n_boot, n, n_units
     "Risk at full coverage, AURC, the oracle's, E-AURC and its share of chance, on the test rows."
     df = decision_rows(frames, leaky)
     df = df[df.split == 'test'].reset_index(drop=True)
     wrong, conf = mistakes(df, confidence)
-    value, samples = resampled(df, lambda w: aurc(wrong, conf, w), unit, n_boot, seed)
-    return _rows(['risk', 'aurc', 'aurc_oracle', 'e_aurc', 'e_aurc_of_chance'], value, samples, level).assign(
-        n=len(df), n_units=df[unit].nunique()
+    value, samples = resampled(df, lambda w: aurc(wrong, conf, w), how)
+    return _rows(['risk', 'aurc', 'aurc_oracle', 'e_aurc', 'e_aurc_of_chance'], value, samples, how.level).assign(
+        n=len(df), n_units=df[how.unit].nunique()
     )
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #5237bcc9
@@ -387,14 +371,7 @@ def risk_at(kept, bad, coverage):  # (T+1,B); (T+1,B); (G,) -> (G,B)
 
 
 def risk_coverage(
-    frames,
-    confidence=None,
-    coverage=np.linspace(0.05, 1, 96),
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
-    leaky: bool = False,
+    frames, confidence=None, coverage=np.linspace(0.05, 1, 96), how: Resampling = Resampling(1000), leaky: bool = False
 ) -> pd.DataFrame:  # coverage, risk, lo, hi, oracle, random
     "The risk-coverage curve of the test rows with its pointwise patient-bootstrap band."
     coverage = np.asarray(coverage, float)
@@ -407,8 +384,8 @@ def risk_coverage(
     df = decision_rows(frames, leaky)
     df = df[df.split == 'test'].reset_index(drop=True)
     wrong, conf = mistakes(df, confidence)
-    value, samples = resampled(df, lambda w: risk_at(*errors_kept(wrong, conf, w), coverage), unit, n_boot, seed)
-    lo, hi, _ = _interval(samples, level)
+    value, samples = resampled(df, lambda w: risk_at(*errors_kept(wrong, conf, w), coverage), how)
+    lo, hi, _ = _interval(samples, how.level)
     return pd.DataFrame(
         dict(
             coverage=coverage,
@@ -435,10 +412,7 @@ def referral(
     accuracy: float = 0.8,  # wanted of what is kept
     confidence=None,  # column, None: largest softmax probability
     forms=FORMS,
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,
 ) -> pd.DataFrame:  # form, wanted, metric (referred, accuracy), value, lo, hi, n_boot, n, n_units
     "Share of test images referred to a reader, and the accuracy reached on the rest (NaN where all are referred)."
@@ -460,13 +434,9 @@ def referral(
                 ]
             )
 
-        out.append(
-            _rows(
-                ['referred', 'accuracy'], *resampled(df, shares, unit, n_boot, seed), level, form=form, wanted=accuracy
-            )
-        )
+        out.append(_rows(['referred', 'accuracy'], *resampled(df, shares, how), how.level, form=form, wanted=accuracy))
     return pd.concat(out, ignore_index=True).assign(
-        n=(df.split == 'test').sum(), n_units=df[df.split == 'test'][unit].nunique()
+        n=(df.split == 'test').sum(), n_units=df[df.split == 'test'][how.unit].nunique()
     )
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #d668ecc7
@@ -505,23 +475,18 @@ def predictive_value_curve(
     form: str = 'validation',
     refit: bool = False,
     column=None,
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # prevalence, ppv, ppv_lo, ppv_hi, npv, npv_lo, npv_hi
     "Predictive values of an operating point against prevalence, with bands; by default of the one threshold learnt on validation rows."
-    value, samples = operating_samples(
-        decision_rows(frames, leaky), target, fixed, at, form, refit, column, unit, n_boot, seed
-    )
+    value, samples = operating_samples(decision_rows(frames, leaky), target, fixed, at, form, refit, column, how)
     points, bands = (
         predictive_values(value[0], value[1], prevalence),
         predictive_values(samples[0], samples[1], np.asarray(prevalence, float)[:, None]),
     )
     out = dict(prevalence=prevalence)
     for name, v, s in zip(('ppv', 'npv'), points, bands):
-        lo, hi, _ = _interval(s, level)
+        lo, hi, _ = _interval(s, how.level)
         out |= {name: v, f'{name}_lo': lo, f'{name}_hi': hi}
     return pd.DataFrame(out)
 
@@ -575,17 +540,14 @@ def class_shares(
     frames,
     old,
     columns=None,  # columns: the K calibrated probabilities, None: the softmax
-    n_boot: int = 500,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = Resampling(500),
     leaky: bool = False,
 ) -> pd.DataFrame:  # class, value, lo, hi, n_boot, counted (the share by label)
     "Shares of the classes in the test rows, estimated without their labels, beside those counted."
     df = decision_rows(frames, leaky)
     df = df[df.split == 'test'].reset_index(drop=True)
     p = probabilities(df) if columns is None else np.stack([_column(df, c, 0, 1) for c in columns], 1)
-    rows = _rows(list(CLASSES), *resampled(df, lambda w: estimate_priors(p, old, w), unit, n_boot, seed), level)
+    rows = _rows(list(CLASSES), *resampled(df, lambda w: estimate_priors(p, old, w), how), how.level)
     return rows.rename(columns=dict(metric='class')).assign(
         counted=[(df.label == k).mean() for k in range(len(CLASSES))]
     )
@@ -593,19 +555,18 @@ def class_shares(
 # %% ../../nbs/appendix/questions/decisions.ipynb #326ebee2
 def decisions_part(s: Subject) -> dict:
     "Operating points, decision curves, selective prediction and referral, predictive values, class shares."
-    more = dict(n_boot=s.n_boot, seed=s.seed)
     scaled = scale_folds(s.both)[0]
     p = load_run(next(iter(s.runs())))['params']
     shares = np.bincount(s.both.label, minlength=4) ** (1 - p['class_weight_power'])
     shares = shares / shares.sum()  # what class weights leave of them
     return dict(
-        operating=operating_points(s.folds, **more),
-        decision_curve=pd.concat([decision_curve(scaled, t, **more) for t in ('any', *CLASSES)], ignore_index=True),
-        risk_coverage=risk_coverage(s.folds, **more),
-        selective=selective_summary(s.folds, **more),
-        referral=referral(s.folds, **more),
-        predictive_values=predictive_value_curve(s.folds, **more),
-        shares=class_shares(scaled, shares, **more),
+        operating=operating_points(s.folds, how=s.how),
+        decision_curve=pd.concat([decision_curve(scaled, t, how=s.how) for t in ('any', *CLASSES)], ignore_index=True),
+        risk_coverage=risk_coverage(s.folds, how=s.how),
+        selective=selective_summary(s.folds, how=s.how),
+        referral=referral(s.folds, how=s.how),
+        predictive_values=predictive_value_curve(s.folds, how=s.how),
+        shares=class_shares(scaled, shares, how=s.how),
     )
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #3a9c1fee

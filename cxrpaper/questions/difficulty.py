@@ -20,6 +20,7 @@ from scipy import stats
 
 from ..evaluation.comparisons import agreement_ceiling, panel_ceiling
 from cxrpaper.evaluation.metrics import (
+    Resampling,
     _aligned,
     auc,
     auc_between,
@@ -28,7 +29,6 @@ from cxrpaper.evaluation.metrics import (
     confusion,
     percentile_interval,
     probabilities,
-    resampled_units,
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
 from .calibration import SHARES, fit_temperature, fit_vector, scale_folds, simulate_run
@@ -102,12 +102,10 @@ def _units(c, of) -> int:  # units that have an image among `of`
     return len(np.unique(c.unit[of]))
 
 
-def _drawn(cases, of, n_boot, seed):
+def _drawn(cases, of, how: Resampling):
     "Mean over seeds of `of(case, weights)`: its value and its samples, (...) and (B,...)."
     mean = lambda counts: np.mean([of(c, counts[c.unit]) for c in cases], 0)
-    return mean(np.ones((cases[0].n_units, 1)))[0], np.concatenate(
-        [mean(q) for q in resampled_units(cases[0].n_units, n_boot, seed)]
-    )
+    return mean(np.ones((cases[0].n_units, 1)))[0], np.concatenate([mean(q) for q in how.weights(cases[0].n_units)])
 
 
 def _row_shares(c, w):  # (B,4,4)
@@ -126,21 +124,18 @@ def _share_interval(
 # %% ../../nbs/appendix/questions/difficulty.ipynb #d7738c0b
 def confusion_shares(
     frames,  # predictions: one frame per seed, or a frame
-    n_boot: int = 1000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # label, called, value, lo, hi, readers, n, n_units: 16 rows
     "Share of each label's images that was called each class, beside the readers' where known."
-    cases = _cases(frames, unit, leaky)
+    cases = _cases(frames, how.unit, leaky)
     c = cases[0]
-    value, drawn = _drawn(cases, _row_shares, n_boot, seed)
+    value, drawn = _drawn(cases, _row_shares, how)
     readers = readers_matrix()
     rows = []
     for i, j in np.ndindex(value.shape):
         n = _units(c, c.y == i)
-        lo, hi = _share_interval(drawn[:, i, j], value[i, j], n, level)
+        lo, hi = _share_interval(drawn[:, i, j], value[i, j], n, how.level)
         rows.append(
             dict(
                 label=CLASSES[i],
@@ -157,15 +152,15 @@ def confusion_shares(
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #65119cb5
 def against_readers(
-    frames, n_boot: int = 1000, seed: int = 0, unit: str = 'group', level: float = 0.95, leaky: bool = False
+    frames, how: Resampling = Resampling(1000), leaky: bool = False
 ) -> (
     pd.DataFrame
 ):  # cell, value, readers, difference, lo, hi, p, n, n_least, verdict; the last row is the one to judge by
     "The model's share minus the readers' in each known cell and in the mean of the known confusions."
-    cases = _cases(frames, unit, leaky)
+    cases = _cases(frames, how.unit, leaky)
     c = cases[0]
     readers = readers_matrix()
-    value, drawn = _drawn(cases, _row_shares, n_boot, seed)
+    value, drawn = _drawn(cases, _row_shares, how)
     cells = {f'{CLASSES[i]} called {CLASSES[j]}': [(i, j)] for i, j in np.argwhere(~np.isnan(readers))}
     cells['mean of the known confusions'] = [(i, j) for i, j in np.argwhere(~np.isnan(readers)) if i != j]
     rows = []
@@ -174,7 +169,7 @@ def against_readers(
         of = np.isin(c.y, i)
         v, r, d = value[i, j].mean(), readers[i, j].mean(), drawn[:, i, j].mean(1) - readers[i, j].mean()
         least, p = min(_units(c, c.y == k) for k in set(i)), bootstrap_p(d)
-        lo, hi = (x - r for x in _share_interval(d + r, v, least, level))
+        lo, hi = (x - r for x in _share_interval(d + r, v, least, how.level))
         if v in (0, 1):
             p = min(1.0, 2 * abs(1 - v - r) ** least)
         rows.append(
@@ -211,12 +206,12 @@ def separations(
 
 
 def separability(
-    frames, n_boot: int = 1000, seed: int = 0, unit: str = 'group', level: float = 0.95, leaky: bool = False
+    frames, how: Resampling = Resampling(1000), leaky: bool = False
 ) -> pd.DataFrame:  # task, value, lo, hi, p, n, n_least, verdict (of the difference)
     "How well negative is told from the rest, the other three from each other, and each pair; averaged over seeds."
-    cases = _cases(frames, unit, leaky)
+    cases = _cases(frames, how.unit, leaky)
     c = cases[0]
-    value, drawn = _drawn(cases, lambda c, w: separations(c.y, c.p, w), n_boot, seed)
+    value, drawn = _drawn(cases, lambda c, w: separations(c.y, c.p, w), how)
     needs = dict(
         zip(
             [
@@ -230,7 +225,7 @@ def separability(
     )
     rows = []
     for k, (name, classes) in enumerate(needs.items()):
-        lo, hi, _ = percentile_interval(drawn[:, k], level)
+        lo, hi, _ = how.interval(drawn[:, k])
         p = bootstrap_p(drawn[:, k], 0 if name == 'difference' else 0.5)
         least = min(_units(c, c.y == i) for i in classes)
         rows.append(
@@ -616,11 +611,10 @@ def draw_gallery(
 # %% ../../nbs/appendix/questions/difficulty.ipynb #2be7c871
 def difficulty_part(s: Subject) -> dict:
     "Confusions, separability, label noise and the hardest images."
-    more = dict(n_boot=s.n_boot, seed=s.seed)
     return dict(
-        confusions=confusion_shares(s.frame, **more),
-        readers=against_readers(s.frame, **more),
-        separability=separability(s.frame, **more),
+        confusions=confusion_shares(s.frame, how=s.how),
+        readers=against_readers(s.frame, how=s.how),
+        separability=separability(s.frame, how=s.how),
         label_noise=label_noise(s.both, seed=s.seed).to_frame().T,
         noise_matrix=noise_matrix(s.both, seed=s.seed),
         noise_bound=noise_bound(s.both),

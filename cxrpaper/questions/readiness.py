@@ -36,7 +36,7 @@ from ..study import evaluated_rows, pretrain_title
 # %% ../../nbs/08_readiness.ipynb #48b8a72e
 def performance_part(s: Subject) -> dict:
     "Every metric of the first seed."
-    return dict(performance=evaluate(s.frame, Resampling(s.n_boot, s.seed)))
+    return dict(performance=evaluate(s.frame, s.how))
 
 
 def power_part(s: Subject) -> dict:
@@ -44,8 +44,7 @@ def power_part(s: Subject) -> dict:
     first, *others = evaluated_rows(s.study)
     rows = [
         dict(
-            row=pretrain_title(r),
-            **smallest_difference(row_frames(s.study, r), row_frames(s.study, first), how=Resampling(s.n_boot, s.seed)),
+            row=pretrain_title(r), **smallest_difference(row_frames(s.study, r), row_frames(s.study, first), how=s.how)
         )
         for r in others
     ]

@@ -12,6 +12,7 @@ __all__ = ['SPAN', 'Corruption', 'CORRUPTIONS', 'MARGIN', 'REASON', 'row_noise',
 # %% ../../nbs/appendix/questions/robustness.ipynb #50f24455
 import math
 from collections import namedtuple
+from dataclasses import replace
 
 import cv2
 import matplotlib as mpl
@@ -30,10 +31,8 @@ from cxrpaper.evaluation.metrics import (
     bootstrap_p,
     check_predictions,
     evaluate,
-    percentile_interval,
     probabilities,
     read_cases,
-    resampled_units,
 )
 from ..evaluation.report import STYLE
 from .subgroups import METRICS, TOO_FEW, Sample, countable
@@ -165,12 +164,11 @@ def cost(
     clean,
     changed,  # predictions of the same images
     metrics=('auc_macro', 'accuracy'),  # names that `metrics.evaluate` knows
-    n_boot: int = 1000,
-    seed: int = 0,
+    how: Resampling = Resampling(1000),
 ) -> pd.DataFrame:  # metric, value, lo, hi, difference, difference_lo, difference_hi, p, n, n_patients, changed
     "What a change of the images costs, with intervals."
-    v = evaluate(changed, Resampling(n_boot, seed), metrics=list(metrics)).set_index('metric')
-    d = bootstrap_difference(changed, clean, Resampling(n_boot, seed), metrics=list(metrics)).set_index('metric')
+    v = evaluate(changed, how, metrics=list(metrics)).set_index('metric')
+    d = bootstrap_difference(changed, clean, how, metrics=list(metrics)).set_index('metric')
     a, b = (f.sort_values('image')[LOGITS].to_numpy().argmax(1) for f in (clean, changed))
     return (
         v[['value', 'lo', 'hi']]
@@ -194,8 +192,7 @@ def robustness_curve(
     images,
     corruptions=CORRUPTIONS,  # list of `Tested`; the store; the cohort's table; names or a part of CORRUPTIONS
     metrics=('auc_macro', 'accuracy'),
-    n_boot: int = 1000,
-    seed: int = 0,
+    how: Resampling = Resampling(1000),
     device='cpu',
 ) -> pd.DataFrame:  # corruption, level, unit, and the columns of `cost`
     "Every change at every level."
@@ -203,9 +200,9 @@ def robustness_curve(
     for k in corruptions:
         for level in CORRUPTIONS[k].levels:
             changed = (
-                clean if level == 0 else predict_changed(tested, store, images, corruption(k, level, seed), device)
+                clean if level == 0 else predict_changed(tested, store, images, corruption(k, level, how.seed), device)
             )
-            t = cost(clean, changed, metrics, n_boot, seed)
+            t = cost(clean, changed, metrics, how)
             t.insert(0, 'corruption', k)
             t.insert(1, 'level', float(level))
             t.insert(2, 'unit', CORRUPTIONS[k].unit)
@@ -316,20 +313,18 @@ def average_models(frames) -> pd.DataFrame:  # predictions of the same images by
     return frames[0].assign(fold=-1, **dict(zip(LOGITS, np.log(np.maximum(p, 1e-12)).T)))
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #074d887a
-def _auc_samples(frames, classes, n_boot, seed):  # mean over models: value, (n_boot,)
+def _auc_samples(frames, classes, how: Resampling):  # mean over models: value, (n_boot,)
     cases = [read_cases(f) for f in frames]
     of = lambda w: np.mean([METRICS['auc_macro'](Sample(c.y, c.p, None, w, classes)) for c in cases], 0)
     return of(np.ones((len(cases[0].y), 1)))[0], np.concatenate(
-        [of(q[cases[0].unit]) for q in resampled_units(cases[0].n_units, n_boot, seed)]
+        [of(q[cases[0].unit]) for q in how.weights(cases[0].n_units)]
     )
 
 
 def external_drop(
     internal,  # predictions of the study's test images
     external,  # predictions of the external images, one frame for each model
-    n_boot: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
 ) -> pd.DataFrame:  # name, value, lo, hi, p, n, n_patients, classes
     "Macro AUC inside, outside (mean model, ensemble), and what is lost."
     c, e = read_cases(internal), read_cases(external[0])
@@ -350,16 +345,16 @@ def external_drop(
             ]
         )
     parts = dict(
-        internal=_auc_samples([internal], classes, n_boot, seed),
-        external=_auc_samples(external, classes, n_boot, seed + 1),
-        ensemble=_auc_samples([average_models(external)], classes, n_boot, seed + 1),
+        internal=_auc_samples([internal], classes, how),
+        external=_auc_samples(external, classes, replace(how, seed=how.seed + 1)),
+        ensemble=_auc_samples([average_models(external)], classes, replace(how, seed=how.seed + 1)),
     )
     parts['drop'] = tuple(a - b for a, b in zip(parts['internal'], parts['external']))
     rows = [
         dict(
             name=k,
             value=v,
-            **dict(zip(('lo', 'hi'), percentile_interval(s, level))),
+            **dict(zip(('lo', 'hi'), how.interval(s))),
             n=len((c if k == 'internal' else e).y),
             n_patients=(c if k == 'internal' else e).n_units,
         )
@@ -385,8 +380,7 @@ def external_evaluation(
     study_cohort,  # `cohort.Cohort` of everything that the study knows
     external_hashes=None,
     internal_hashes=None,
-    n_boot: int = 1000,
-    seed: int = 0,
+    how: Resampling = Resampling(1000),
     device='cpu',
     **search,
 ) -> tuple:  # drop (from `external_drop`), class shares, sentence
@@ -394,7 +388,7 @@ def external_evaluation(
     rest, rows, removed = external_cohort(external, study_cohort, external_hashes, internal_hashes, **search)
     images = external.images
     frames = [predict_changed([t._replace(rows=rows)], store, images, device=device) for t in tested]
-    drop = external_drop(internal, frames, n_boot, seed)
+    drop = external_drop(internal, frames, how)
     shares = pd.DataFrame(
         {
             n: np.bincount(y, minlength=len(CLASSES)) / len(y)
@@ -456,7 +450,7 @@ def draw_robustness(
 # %% ../../nbs/appendix/questions/robustness.ipynb #68835d76
 def robustness_part(s: Subject) -> dict:
     "What image corruptions cost, and up to which level a loss is excluded."
-    curves = robustness_curve(s.models(), s.store, s.cohort.images, n_boot=s.n_boot, seed=s.seed, device=s.device)
+    curves = robustness_curve(s.models(), s.store, s.cohort.images, device=s.device, how=s.how)
     return dict(robustness=curves, tolerance=pd.DataFrame([tolerance(curves, k) for k in curves.corruption.unique()]))
 
 
@@ -469,14 +463,7 @@ def external_part(s: Subject) -> dict:
         )
     other = read_cohort(where['data_root'], adapter=where['adapter'])
     drop, shares, sentence = external_evaluation(
-        s.models(),
-        s.frame,
-        other,
-        build_store(other, s.study['px'], workers=1),
-        s.cohort,
-        n_boot=s.n_boot,
-        seed=s.seed,
-        device=s.device,
+        s.models(), s.frame, other, build_store(other, s.study['px'], workers=1), s.cohort, device=s.device, how=s.how
     )
     return dict(external=drop.assign(sentence=sentence), external_shares=shares.rename_axis('class').reset_index())
 

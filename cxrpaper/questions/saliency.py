@@ -25,7 +25,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import rankdata
 from torch import nn
 
-from ..evaluation.metrics import percentile_interval, resampled_units
+from ..evaluation.metrics import DEFAULT, Resampling
 from ..evaluation.report import STYLE, dark_edge
 from ..models.nets import Classifier
 from .shortcuts import lung_fields
@@ -310,20 +310,18 @@ def saliency_table(
     patients,  # (N,)
     lungs=None,  # (N,px,px) bool: lung fields
     tolerance: float = 0.03,
-    n_boot: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # map, metric, value, lo, hi, than, difference, difference_lo, difference_hi, p, n, n_units
     "Every score of every map with its interval, and its paired difference from each baseline."
     some = np.flatnonzero(np.asarray(masks).any((1, 2)))
     if not len(some):
         raise InputError('no image has a box', field='masks', hint='evaluate a corpus with boxes or masks')
     names, unit = np.unique(np.asarray(patients)[some], return_inverse=True)
-    weights = np.concatenate(list(resampled_units(len(names), n_boot, seed)), 1)[unit]
+    weights = np.concatenate(list(how.weights(len(names))), 1)[unit]
 
     def mean(v):  # (N,) -> value, lo, hi, p
         s = v @ weights / weights.sum(0)
-        lo, hi, used = percentile_interval(s, level)
+        lo, hi, used = how.interval(s)
         return v.mean(), lo, hi, min(1.0, 2 * (min((s <= 1e-9).sum(), (s >= -1e-9).sum()) + 1) / (used + 1))
 
     rows = []
@@ -447,9 +445,7 @@ def sanity_check(
     explain=grad_cam,  # (model, batches) -> (N,px,px) maps
     shares=(0, 0.25, 0.5, 0.75, 1),  # of the encoder that is randomised, besides the head
     shuffles: int = 3,  # random models for each share
-    n_boot: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    how: Resampling = Resampling(1000),
 ) -> pd.DataFrame:  # randomised, metric, value, lo, hi, n, n_units
     "Rank correlation between the maps of the model and of models whose last layers are random."
     maps = explain(model, batches)
@@ -463,18 +459,18 @@ def sanity_check(
     ok = np.ptp(maps, (1, 2)) > 0
     if not ok.any():
         raise InputError('all maps are empty', field='explain', hint='explain a class that the model speaks for')
-    weights = np.concatenate(list(resampled_units(len(names), n_boot, seed)), 1)[unit[ok]]
+    weights = np.concatenate(list(how.weights(len(names))), 1)[unit[ok]]
     rows = []
     for share in shares:
         r = np.mean(
             [
-                map_correlation(maps, explain(randomise(model, share, shuffles * seed + k), batches))
+                map_correlation(maps, explain(randomise(model, share, shuffles * how.seed + k), batches))
                 for k in range(shuffles)
             ],
             0,
         )[ok]
-        s = np.divide(r @ weights, weights.sum(0), out=np.full(n_boot, np.nan), where=weights.sum(0) > 0)
-        lo, hi, _ = percentile_interval(s, level)
+        s = np.divide(r @ weights, weights.sum(0), out=np.full(how.n_boot, np.nan), where=weights.sum(0) > 0)
+        lo, hi, _ = how.interval(s)
         rows.append(
             dict(
                 randomised=share,
@@ -567,10 +563,8 @@ def saliency_part(s: Subject) -> dict:
     first = s.models()[0]
     own = np.intersect1d(rows, first.rows)[:64]
     return dict(
-        saliency=saliency_table(maps, masks, patients, lung_fields(s.store.images[rows]), n_boot=s.n_boot, seed=s.seed),
-        sanity=sanity_check(
-            first.model, s.batches(own, first.batch_size), images.group.values[own], n_boot=s.n_boot, seed=s.seed
-        ),
+        saliency=saliency_table(maps, masks, patients, lung_fields(s.store.images[rows]), how=s.how),
+        sanity=sanity_check(first.model, s.batches(own, first.batch_size), images.group.values[own], how=s.how),
     )
 
 # %% ../../nbs/appendix/questions/saliency.ipynb #6482a19e

@@ -11,6 +11,8 @@ __all__ = ['COLUMNS', 'LUNGS', 'PRIOR', 'WITHOUT_LUNGS', 'GLYPH', 'ATTRIBUTES', 
            'shortcuts_part', 'baselines_rule', 'leaks_rule', 'shortcuts_rule']
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #7a1d5006
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from ..data.folds import assign_folds, audit_leaks, perceptual_hashes
 from ..evaluation.baselines import BASELINES, NUMBERS
 from cxrpaper.evaluation.metrics import (
+    DEFAULT,
     Resampling,
     auc,
     bootstrap_difference,
@@ -28,7 +31,6 @@ from cxrpaper.evaluation.metrics import (
     percentile_interval,
     probabilities,
     read_cases,
-    resampled_units,
 )
 from ..evaluation.predictions import baseline_frame, row_frames
 from .subject import Subject
@@ -77,8 +79,7 @@ def judge(
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #5c959337
 def auc_samples(
     df: pd.DataFrame,  # predictions, pooled over folds; `test` rows count
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
     leaky: bool = False,  # True only where a leaking split is the subject
 ) -> tuple:  # value, (n_boot,), number of patients
     "The macro AUC and its values in resampled patients."
@@ -86,7 +87,7 @@ def auc_samples(
     value = c.samples(np.ones((c.n_units, 1)), ['auc_macro'])['auc_macro'][0]
     return (
         float(value),
-        np.concatenate([c.samples(q, ['auc_macro'])['auc_macro'] for q in resampled_units(c.n_units, n_boot, seed)]),
+        np.concatenate([c.samples(q, ['auc_macro'])['auc_macro'] for q in how.weights(c.n_units)]),
         c.n_units,
     )
 
@@ -114,8 +115,7 @@ def patient_overlap(
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #95366e4b
 def split_inflation(
     frames: dict,  # 'group', 'study', 'image' -> predictions pooled over that split's test folds; 'group' is the reference
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # COLUMNS: the macro AUC of each split, then what each leaky split adds
     "What leaking folds add to the macro AUC."
     if 'group' not in frames or len(frames) < 2:
@@ -126,7 +126,7 @@ def split_inflation(
     rows, d = [], {}
     for i, (k, f) in enumerate(frames.items()):
         paired = key(f) == key(frames['group'])
-        v, s, n = auc_samples(f, n_boot, seed if paired else seed + 1 + i, leaky=k != 'group')
+        v, s, n = auc_samples(f, replace(how, seed=how.seed if paired else how.seed + 1 + i), leaky=k != 'group')
         lo, hi, _ = percentile_interval(s)
         rows.append(['split', f'folds by {k}', v, lo, hi, np.nan, np.nan, n, ''])
         d[k] = v, s, n, paired
@@ -140,11 +140,10 @@ def split_inflation(
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #35566c03
 def baseline_rows(
     frames: dict,  # name of a metadata baseline -> its predictions
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # COLUMNS
     "What each metadata baseline reaches and whether it is above chance."
-    return judge('baseline', {k: auc_samples(f, n_boot, seed) for k, f in frames.items() if k != 'prior'})
+    return judge('baseline', {k: auc_samples(f, how) for k, f in frames.items() if k != 'prior'})
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #5447d47b
 LUNGS = (
@@ -342,11 +341,10 @@ def pool_parts(parts) -> dict:  # a dict of predictions, or one per fold -> name
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #48c8d559
 def occlusion_table(
     parts,  # from `occluded_predictions`: one, or one per fold
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # COLUMNS
     "Macro AUC under each change with its verdict, and what the change costs."
-    of = {k: auc_samples(f, n_boot, seed) for k, f in pool_parts(parts).items()}
+    of = {k: auc_samples(f, how) for k, f in pool_parts(parts).items()}
     bare = lambda k, v, s, n, than=np.nan: ['occlusion', k, v, *percentile_interval(s)[:2], than, np.nan, n, '']
     v0, s0, _ = of['image']
     tested = judge('occlusion', {k: of[k] for k in WITHOUT_LUNGS if k in of})
@@ -420,8 +418,7 @@ def _free_place(lungs, n, k, g):  # top, left of a k x k block away from the cor
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #e837f2d5
 def marker_table(
     parts,  # from `occluded_predictions` with `markers`: one, or one per fold
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
     moved: float = 0.1,
     enough: float = 0.2,  # mean change of the probabilities: tolerated, and large
 ) -> pd.DataFrame:  # COLUMNS
@@ -433,7 +430,7 @@ def marker_table(
     if any((f.image.values != frames['image'].image.values).any() for f in frames.values()):
         raise InputError('other images', field='parts', hint='predict the same rows under every change')
     n = np.bincount(who)
-    draws = np.concatenate(list(resampled_units(len(units), n_boot, seed)), 1)
+    draws = np.concatenate(list(how.weights(len(units))), 1)
     mean = lambda v: (float(v.mean()), (np.bincount(who, v, len(units)) @ draws) / (n @ draws), len(units))
     shift = {k: abs(v - q).sum(1) / 2 for k, v in p.items()}
     corners = [k for k in shift if k != 'background']
@@ -483,14 +480,14 @@ def level_scores(level, y, groups, seed: int = 0) -> np.ndarray:  # (N,) levels 
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #9f89bce7
 def macro_samples(
-    y, p, groups, n_boot: int = 2000, seed: int = 0
+    y, p, groups, how: Resampling = DEFAULT
 ) -> tuple:  # (N,) classes 0..K-1; (N,K); (N,) -> value, (n_boot,), number of patients
     "Mean one-against-rest AUC over the classes that are there, in resampled patients."
     units, who = np.unique(np.asarray(groups, str), return_inverse=True)
     of = lambda w: np.mean([auc(y == k, p[:, k], w) for k in np.unique(y)], 0)
     return (
         float(of(np.ones((len(y), 1)))[0]),
-        np.concatenate([of(q[who]) for q in resampled_units(len(units), n_boot, seed)]),
+        np.concatenate([of(q[who]) for q in how.weights(len(units))]),
         len(units),
     )
 
@@ -499,8 +496,7 @@ def attribute_probes(
     x,  # (N,D) embeddings, one row per row of `images`
     images: pd.DataFrame,  # the cohort's table; rows without a label count for the probe only
     attributes=ATTRIBUTES,
-    n_boot: int = 2000,
-    seed: int = 0,
+    how: Resampling = DEFAULT,
     C: float = 0.01,  # of the logistic regression
 ) -> pd.DataFrame:  # COLUMNS: for each attribute the verdict, the probe, the metadata baseline
     "Which attributes the embedding tells and which of these tell the label."
@@ -516,12 +512,11 @@ def attribute_probes(
             continue
         probe = macro_samples(
             level[k],
-            linear_scores(np.asarray(x)[k], level[k], g[k], seed=seed, C=C, n_classes=level.max() + 1),
+            linear_scores(np.asarray(x)[k], level[k], g[k], seed=how.seed, C=C, n_classes=level.max() + 1),
             g[k],
-            n_boot,
-            seed,
+            how,
         )
-        baseline = macro_samples(y[l], level_scores(level[l], y[l], g[l], seed), g[l], n_boot, seed)
+        baseline = macro_samples(y[l], level_scores(level[l], y[l], g[l], how.seed), g[l], how)
         both[a] = probe, baseline
         rows += [
             ['probe', f'{a}: {what}', v, *percentile_interval(s)[:2], 0.5, np.nan, n, '']
@@ -590,9 +585,7 @@ def draw_shortcuts(
 def baselines_part(s: Subject) -> dict:
     "Macro AUC minus that of each metadata baseline, paired over patients; Holm over the metadata baselines."
     d = [
-        bootstrap_difference(
-            s.frame, baseline_frame(s.study, k), Resampling(s.n_boot, s.seed), metrics=['auc_macro']
-        ).assign(baseline=k)
+        bootstrap_difference(s.frame, baseline_frame(s.study, k), s.how, metrics=['auc_macro']).assign(baseline=k)
         for k in BASELINES
     ]
     d = pd.concat(d, ignore_index=True)
@@ -607,18 +600,13 @@ def leaks_part(s: Subject) -> dict:
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #19c1136a
 def shortcuts_part(s: Subject) -> dict:
     "Splits, metadata baselines, occlusions, markers and probes as one table (Table 8), and what the splits share."
-    images, lungs, tested, more = (
-        s.cohort.images,
-        lung_fields(s.store.images),
-        s.models(),
-        dict(n_boot=s.n_boot, seed=s.seed),
-    )
-    tables = [baseline_rows({k: baseline_frame(s.study, k) for k in BASELINES}, **more)]
+    images, lungs, tested = s.cohort.images, lung_fields(s.store.images), s.models()
+    tables = [baseline_rows({k: baseline_frame(s.study, k) for k in BASELINES}, how=s.how)]
     if leaky := leaking_rows(s.study):
         tables.insert(
             0,
             split_inflation(
-                dict(group=s.frame) | {k: row_frames(s.study, r, leaky=True)[0] for k, r in leaky.items()}, **more
+                dict(group=s.frame) | {k: row_frames(s.study, r, leaky=True)[0] for k, r in leaky.items()}, how=s.how
             ),
         )
     for changes, judge in ((occlusions(lungs), occlusion_table), (markers(lungs, seed=s.seed), marker_table)):
@@ -628,13 +616,15 @@ def shortcuts_part(s: Subject) -> dict:
                     occluded_predictions(t.model, s.batches(t.rows, t.batch_size), images, changes, t.scores, t.fold)
                     for t in tested
                 ],
-                **more,
+                how=s.how,
             )
         )
     first = tested[0]
     tables.append(
         attribute_probes(
-            embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size)), images, **more
+            embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size)),
+            images,
+            how=s.how,
         )
     )
     return dict(shortcuts=shortcut_rows(*tables), overlap=patient_overlap(images, s.study['n_folds']))

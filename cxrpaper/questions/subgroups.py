@@ -18,11 +18,12 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from cxrpaper.evaluation.metrics import (
+    DEFAULT,
+    Resampling,
     auc,
     holm,
     percentile_interval,
     probabilities,
-    resampled_units,
     simulate_predictions,
 )
 from ..evaluation.report import STYLE
@@ -254,15 +255,12 @@ def subgroup_metrics(
     by=BY,
     metrics=None,  # keys of METRICS, with or without _standard; None: all of them, the first and the third also standardised
     least: int = LEAST,
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,
 ) -> pd.DataFrame:  # attribute, group, metric, value, lo, hi, overall (all images, the same classes), classes, n, n_patients, n_<class>, note
     "Every metric of every group with its interval; first all images together."
     df = subgroup_rows(frames, by, leaky=leaky)
-    d = _arrays(df, unit)
+    d = _arrays(df, how.unit)
     everyone = np.ones((len(df), 1))
     rows, cases = [], []
     for a, l, m in [('all', 'all', np.ones(len(df), bool)), *_levels(df, by)]:
@@ -297,7 +295,7 @@ def subgroup_metrics(
                 )
             )
     drawn = [[] for _ in cases]
-    for q in resampled_units(d['n_units'], n_boot, seed):
+    for q in how.weights(d['n_units']):
         w = q[d['unit']]
         for out, c in zip(drawn, cases):
             if c:
@@ -308,7 +306,7 @@ def subgroup_metrics(
             r['value'],
             np.concatenate(s),
             _baseline(r['metric'], d, c[0], countable(d['y'][c[0]], d['unit'][c[0]], least)),
-            level,
+            how.level,
         )
         if s
         else (np.nan, np.nan)
@@ -332,15 +330,12 @@ def subgroup_gaps(
     by=BY,
     metrics=None,
     least: int = LEAST,
-    n_boot: int = 2000,
-    seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
     leaky: bool = False,  # as in `subgroup_metrics`
 ) -> pd.DataFrame:  # attribute, group, metric, value, others, gap, lo, hi, p, p_holm, detectable, classes, n, n_patients, n_others, note
     "Each group minus all others of its attribute, with interval and p, corrected over all rows; `detectable`: the gap that would be found with 80 % power after correction."
     df = subgroup_rows(frames, by, leaky=leaky)
-    d = _arrays(df, unit)
+    d = _arrays(df, how.unit)
     once = np.ones((len(df), 1))
     rows, sides = [], []
     for a, l, i, j in _comparisons(df, by):
@@ -372,15 +367,15 @@ def subgroup_gaps(
                     note='' if ok else TOO_FEW,
                 )
             )
-    errors = _errors(d, sides, n_boot, seed)
-    return _judged(pd.DataFrame(rows), errors, level)
+    errors = _errors(d, sides, how)
+    return _judged(pd.DataFrame(rows), errors, how.level)
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #bbcece18
 def _errors(
-    d, sides, n_boot, seed
+    d, sides, how: Resampling
 ):  # standard error of each gap, NaN where it is not tested or too many resamples are undefined
     drawn = [[] for _ in sides]
-    for q in resampled_units(d['n_units'], n_boot, seed):
+    for q in how.weights(d['n_units']):
         w = q[d['unit']]
         for out, s in zip(drawn, sides):
             if s:
@@ -444,9 +439,9 @@ def planted_gaps(
 
     def trial(seed):
         df = simulate_subgroups(n_patients, seed, gap)
-        g = subgroup_gaps(df, by, metrics, n_boot=n_boot, seed=seed)
+        g = subgroup_gaps(df, by, metrics, how=Resampling(n_boot, seed))
         women = g[(g.group == 'F') & (g.metric == 'auc_macro')].iloc[0]
-        m = subgroup_metrics(df, ['sex'], ['auc_macro'], n_boot=n_boot, seed=seed)
+        m = subgroup_metrics(df, ['sex'], ['auc_macro'], how=Resampling(n_boot, seed))
         r = m[m.group == 'F'].iloc[0]
         return dict(
             seed=seed, p=g.p_holm.min(), p_women=women.p_holm, value=r.value, lo=r.lo, hi=r.hi, classes=r.classes
@@ -500,10 +495,7 @@ def draw_forest(
 # %% ../../nbs/appendix/questions/subgroups.ipynb #97543a91
 def subgroups_part(s: Subject) -> dict:
     "Metrics of every subgroup, and its gaps with correction."
-    return dict(
-        subgroups=subgroup_metrics(s.folds, n_boot=s.n_boot, seed=s.seed),
-        gaps=subgroup_gaps(s.folds, n_boot=s.n_boot, seed=s.seed),
-    )
+    return dict(subgroups=subgroup_metrics(s.folds, how=s.how), gaps=subgroup_gaps(s.folds, how=s.how))
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #3a9c1fee
 def subgroups_rule(p, large=0.1):  # large: a gap of macro AUC that must have been found

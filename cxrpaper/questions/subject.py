@@ -16,7 +16,7 @@ import torch
 
 from ..data.cohort import load_cohort
 from ..data.store import build_store
-from ..evaluation.metrics import pool_folds
+from ..evaluation.metrics import Resampling, pool_folds
 from ..evaluation.predictions import fold_frames
 from ..runs import InputError, load_run, resolve, show_path
 from ..study import evaluated_rows, row_runs
@@ -57,9 +57,12 @@ class Subject:
     cohort: object
     store: object
     folds: list  # frames of the first seed, a fold each, with validation and test rows
-    n_boot: int = 1000
-    seed: int = 0
+    how: Resampling = Resampling(1000)
     device: str = 'cpu'
+
+    @property
+    def seed(self):  # of all that is drawn
+        return self.how.seed
 
     def __post_init__(self):
         self.frame = pool_folds(self.folds)  # each test image once
@@ -81,8 +84,7 @@ class Subject:
 # %% ../../nbs/appendix/questions/subject.ipynb #65e6ce26
 def subject(
     study: dict,  # from `read_study`
-    n_boot: int = 1000,
-    seed: int = 0,
+    how: Resampling = Resampling(1000),
     device=None,
 ) -> Subject:
     "The evaluated row of a study; InputError where its runs used another cohort or other pixels than those found now."
@@ -99,7 +101,7 @@ def subject(
                 hint='run `make paper`',
             )
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    return Subject(study, row, cohort, store, fold_frames(study, row)[0], n_boot, seed, device)
+    return Subject(study, row, cohort, store, fold_frames(study, row)[0], how, device)
 
 # %% ../../nbs/appendix/questions/subject.ipynb #469d3b4f
 ANSWERS = ('passed', 'not passed', 'inconclusive', 'not done')
