@@ -4,7 +4,6 @@ import re
 
 import matplotlib
 
-
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np

@@ -148,7 +148,7 @@ def test_other_seeds_are_noticed(study):
     with pytest.raises(AssertionError):
         check(R.evaluate_seeds(frames[::-1], SEEDS, Resampling(100)), frames, SEEDS)
     with pytest.raises(ValueError):
-        R.evaluate_seeds(frames, SEEDS[:2], 100)
+        R.evaluate_seeds(frames, SEEDS[:2], Resampling(100))
 
 
 def test_csv_keeps_all_digits(tmp_path):
