@@ -15,7 +15,7 @@ from joblib import Parallel, delayed
 from pydicom.config import disable_value_validation
 from siim_tree import rescale
 
-from cxrpaper.data.phantom import APPEARANCES, VENDORS, dicom_header, draw_radiograph, write_dicom
+from cxrpaper.data.phantom import APPEARANCES, VENDORS, Exposure, dicom_header, draw_radiograph, write_dicom
 from cxrpaper.data.readers import siim_labels
 from cxrpaper.runs import project_root, rng
 from cxrpaper.study import papermill_yaml
@@ -77,14 +77,16 @@ def write_images(out, rows):
                 APPEARANCES[row.label],
                 0,
                 (row.height, row.width),
-                body,
-                pose,
-                row.shot,
-                sex=about['sex'],
-                age=about['age'],
-                view=about['view'],
-                vendor=about['vendor'],
-                site=about['site'],
+                of=Exposure(
+                    patient=body,
+                    study=pose,
+                    image=row.shot,
+                    sex=about['sex'],
+                    age=about['age'],
+                    view=about['view'],
+                    vendor=about['vendor'],
+                    site=about['site'],
+                ),
             )
             ds = dicom_header(pd.Series(dict(row._asdict()) | about))
             ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.file_meta.MediaStorageSOPInstanceUID = (

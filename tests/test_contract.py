@@ -205,3 +205,20 @@ def test_laid_out_and_checked_by_ruff():
     for ask in (['format', '--check'], ['check']):
         r = subprocess.run([BIN / 'ruff', *ask, 'nbs', 'tests'], cwd=ROOT, capture_output=True, text=True)
         assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-1000:]
+
+
+def wide_functions(files, most=7):  # -> module:function of more parameters
+    out = []
+    for f in files:
+        for n in ast.walk(ast.parse(f.read_text())):
+            if isinstance(n, ast.FunctionDef):
+                named = [*n.args.posonlyargs, *n.args.args, *n.args.kwonlyargs]
+                if len([a for a in named if a.arg not in ('self', 'cls')]) > most:
+                    out.append(f'{f.stem}:{n.name}')
+    return out
+
+
+def test_no_function_takes_more_than_seven_parameters(tmp_path):
+    assert wide_functions((ROOT / 'cxrpaper').rglob('*.py')) == []
+    (tmp_path / 'wide.py').write_text('def f(a, b, c, d, e, f, g, *, h=1): ...\n')
+    assert wide_functions(tmp_path.glob('*.py')) == ['wide:f']

@@ -134,21 +134,21 @@ def test_threshold_keeps_to_its_share():
 def test_ids_of_another_corpus_mean_nothing(tmp_path):
     labelled, other = cohort(40, tmp_path / 'a', 'a'), cohort(40, tmp_path / 'b', 'b')
     h, g = random_hashes(40) & _words(), random_hashes(40, 1) & _words()
-    assert exclude(other, labelled, range(10), g, h, DUPLICATE_DISTANCE).used.all()
-    same = exclude(Cohort(other.images, labelled.root, 'b'), labelled, range(10), g, h, DUPLICATE_DISTANCE)
+    assert exclude(other, labelled, range(10), (g, h), DUPLICATE_DISTANCE).used.all()
+    same = exclude(Cohort(other.images, labelled.root, 'b'), labelled, range(10), (g, h), DUPLICATE_DISTANCE)
     assert same.reason.tolist() == ['image'] * 10 + [''] * 30 and same.attrs['same_corpus'] == 'same folder'
     (tmp_path / 'a').mkdir()
     (tmp_path / 'link').symlink_to(tmp_path / 'a')
     assert same_corpus(Cohort(other.images, tmp_path / 'link', 'b'), labelled) == 'same folder'
     few = g.copy()
     few[:5] = h[:5]  # five of the first forty ids are the same images: a copied corpus
-    moved = exclude(other, labelled, range(9), few, h, DUPLICATE_DISTANCE)
+    moved = exclude(other, labelled, range(9), (few, h), DUPLICATE_DISTANCE)
     assert moved.attrs['same_corpus'] == 'the same images under the same ids' and moved.reason.tolist()[:10] == [
         'image'
     ] * 9 + ['patient']
     few = g.copy()
     few[20:25] = h[:5]  # copies under other ids: only they and their patients
-    t = exclude(other, labelled, range(9), few, h, DUPLICATE_DISTANCE)
+    t = exclude(other, labelled, range(9), (few, h), DUPLICATE_DISTANCE)
     assert t.attrs['same_corpus'] == '' and t.reason.tolist() == [''] * 20 + ['copy'] * 5 + ['related'] + [''] * 14
     assert t.copy_of[20:25].tolist() == labelled.images.image[:5].tolist() and (t.copy_of[25:] == '').all()
 
@@ -156,7 +156,7 @@ def test_ids_of_another_corpus_mean_nothing(tmp_path):
 def test_reasons_and_relatives(tmp_path):
     labelled = cohort(20, tmp_path / 'a', 'a')
     labelled.images.loc[[2, 3, 19], 'group'] = 'g'
-    t = exclude(labelled, labelled, [2], random_hashes(20) & _words(), None, -1)
+    t = exclude(labelled, labelled, [2], (random_hashes(20) & _words(), None), -1)
     assert t.reason[[2, 3, 19, 18]].tolist() == ['image', 'patient', 'group', 'related'] and t.used.sum() == 16
     assert set(t.reason) - {''} <= set(REASONS) and excluded_counts(t) == dict(image=1, patient=1, group=1, related=1)
     r = np.random.default_rng(0)
@@ -175,7 +175,7 @@ def test_faults(tmp_path):
     labelled = cohort(40, tmp_path / 'a', 'a')
     folds = assign_folds(labelled.images, 4)
     h = random_hashes(40) & _words()
-    table = exclude(labelled, labelled, held_out_rows(labelled, folds, 1), h, h)
+    table = exclude(labelled, labelled, held_out_rows(labelled, folds, 1), (h, h))
     assert 'hashes of' in str(refused(exclude, labelled, labelled, [0], h[:-1], h)) and 'hashes of' in str(
         refused(exclude, labelled, labelled, [0], h, h[:1])
     )
@@ -190,7 +190,7 @@ def test_a_record_survives_its_file_and_serves_one_fold(tmp_path):
     labelled = cohort(80, tmp_path / 'a', 'a')
     h = random_hashes(80) & _words()
     folds = assign_folds(labelled.images, 4)
-    table = exclude(labelled, labelled, held_out_rows(labelled, folds, 1), h, h)
+    table = exclude(labelled, labelled, held_out_rows(labelled, folds, 1), (h, h))
     write_json(tmp_path / 'r.json', corpus_record(labelled, table, labelled, folds, 1))
     record = json.loads((tmp_path / 'r.json').read_text())
     assert check_unseen(record, labelled, folds, 1) is None
@@ -209,7 +209,7 @@ def test_a_record_survives_its_file_and_serves_one_fold(tmp_path):
     other = cohort(30, tmp_path / 'b', 'b', 'z')
     whole = corpus_record(
         other,
-        exclude(other, labelled, held_out_rows(labelled, None), random_hashes(30, 3) & _words(), h),
+        exclude(other, labelled, held_out_rows(labelled, None), (random_hashes(30, 3) & _words(), h)),
         labelled,
         None,
         None,
@@ -235,7 +235,7 @@ def test_all_real_radiographs_but_a_test_fold(real):
     labelled, everything, hashes, labelled_hashes = real
     folds = assign_folds(labelled.images, 5)
     rows = held_out_rows(labelled, folds, 0)
-    table = exclude(everything, labelled, rows, hashes, labelled_hashes)
+    table = exclude(everything, labelled, rows, (hashes, labelled_hashes))
     usable, test = pretraining_corpus(everything, table).images, labelled.images.iloc[rows]
     for level in ('image', 'study', 'patient', 'group'):
         assert not set(usable[level]) & set(test[level])
@@ -265,7 +265,7 @@ def test_real_copies_in_a_folder(real, tmp_path):
         u = cv2.resize(u[:, ::-1] if k % 2 else u, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(tmp_path / f'copy_{k:02}.jpg'), u, [cv2.IMWRITE_JPEG_QUALITY, 60])
     found = read_cohort(tmp_path, 'folder')
-    table = exclude(found, labelled, rows, labelled_hashes=labelled_hashes, workers=0)
+    table = exclude(found, labelled, rows, hashes=(None, labelled_hashes), workers=0)
     copy = table.image.str.startswith('copy_').values
     assert table.used.tolist() == (~copy).tolist() and table.attrs['same_corpus'] == ''
     assert table.copy_of[copy].tolist() == labelled.images.image.iloc[rows].tolist() and table.reason[

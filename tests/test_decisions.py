@@ -9,6 +9,7 @@ import pytest
 from cxrpaper.evaluation.metrics import Resampling, simulate_predictions, softmax
 from cxrpaper.questions.decisions import (
     TARGETS,
+    Threshold,
     aurc,
     class_shares,
     confidence_for,
@@ -100,7 +101,10 @@ def test_a_resample_without_the_class_is_undefined_not_zero():
 def test_what_is_asked_more_costs_more():
     d = decision_rows(frame(300))
     for fixed, other in (('specificity', 0), ('sensitivity', 1)):
-        v = [operating_samples(d, 'typical', fixed, at, how=Resampling(1))[0] for at in np.linspace(0.05, 0.95, 19)]
+        v = [
+            operating_samples(d, threshold=Threshold(fixed=fixed, at=at), target='typical', how=Resampling(1))[0]
+            for at in np.linspace(0.05, 0.95, 19)
+        ]
         assert (np.diff([x[other] for x in v]) <= 0).all() and (np.diff([x[1 - other] for x in v]) >= 0).all()
 
 
@@ -139,7 +143,9 @@ def test_the_optimistic_form_is_optimistic_where_the_score_is_noise():
     v = np.array(
         [
             [
-                operating_samples(decision_rows(frame(150, seed, separation=0.0)), form=f, how=Resampling(1))[0][:2]
+                operating_samples(
+                    decision_rows(frame(150, seed, separation=0.0)), threshold=Threshold(form=f), how=Resampling(1)
+                )[0][:2]
                 for f in ('validation', 'in-sample')
             ]
             for seed in range(60)
@@ -329,11 +335,11 @@ def test_predictive_values_by_counting():
 
 def test_curve_of_predictive_values():
     df = frame(300)
-    curve = predictive_value_curve(df, [0.1, 0.5], how=Resampling(60))
+    curve = predictive_value_curve(df, prevalence=[0.1, 0.5], how=Resampling(60))
     v, _ = operating_samples(decision_rows(df), how=Resampling(1))
     assert np.allclose(curve.ppv, predictive_values(v[0], v[1], [0.1, 0.5])[0])
     assert (curve.ppv_lo <= curve.ppv).all() and (curve.ppv <= curve.ppv_hi).all()
-    wide = predictive_value_curve(df, [0.1, 0.5], refit=True, how=Resampling(60))
+    wide = predictive_value_curve(df, threshold=Threshold(refit=True), prevalence=[0.1, 0.5], how=Resampling(60))
     assert (wide.eval('ppv_hi - ppv_lo') > curve.eval('ppv_hi - ppv_lo')).all()
 
 
@@ -368,8 +374,8 @@ def test_estimated_shares_are_the_likeliest():
             lambda d: operating_points(d[d.split == 'test']),
             "split: fold 0 has no row 'val'. Hint: give the whole frames",
         ),
-        (lambda d: operating_points(d, 'auc'), 'fixed: '),
-        (lambda d: operating_points(d, at=1.0), 'at: 1.0 is not between 0 and 1. Hint'),
+        (lambda d: operating_points(d, threshold=Threshold(fixed='auc')), 'fixed: '),
+        (lambda d: operating_points(d, threshold=Threshold(at=1.0)), 'at: 1.0 is not between 0 and 1. Hint'),
         (lambda d: operating_points(d, targets=['sick']), 'target: '),
         (lambda d: fold_pairs(d, 'train'), 'form: '),
         (lambda d: operating_points(d, how=Resampling(unit='ward')), 'unit: '),

@@ -18,6 +18,7 @@ from cxrpaper.data.phantom import (
     SIIM,
     SYNTAXES,
     Chest,
+    Exposure,
     Frame,
     PhantomConfig,
     draw_radiograph,
@@ -312,7 +313,9 @@ def test_atypical_patterns(pattern):
 @pytest.mark.parametrize('pattern', [p for a in APPEARANCES for p in PATTERNS[a]])
 def test_a_finding_changes_the_pixels_and_contrast_zero_hides_it(pattern):
     appearance = next(a for a in APPEARANCES if pattern in PATTERNS[a])
-    draw = lambda a, p, c: draw_radiograph(a, 5, (126, 154), patient=1, study=2, pattern=p, contrast=c)[0].astype(float)
+    draw = lambda a, p, c: draw_radiograph(a, 5, (126, 154), of=Exposure(patient=1, study=2), pattern=p, contrast=c)[
+        0
+    ].astype(float)
     none = draw('negative', 'none', 1)
     assert (abs(draw(appearance, pattern, 1.0) - none).max() > 2500) == (pattern != 'none')
     assert abs(draw(appearance, pattern, 0.0) - none).max() <= 1
@@ -320,7 +323,9 @@ def test_a_finding_changes_the_pixels_and_contrast_zero_hides_it(pattern):
 
 def test_boxes_are_the_extent_of_the_mask():
     for k in range(20):
-        _, boxes, mask = draw_radiograph(('typical', 'indeterminate', 'atypical')[k % 3], 2, (126, 154), study=k)
+        _, boxes, mask = draw_radiograph(
+            ('typical', 'indeterminate', 'atypical')[k % 3], 2, (126, 154), of=Exposure(study=k)
+        )
         covered = np.zeros_like(mask)
         for x, y, w, h in boxes:
             assert 0 <= x and 0 <= y and x + w <= 154 and y + h <= 126 and w > 2 and h > 2
@@ -332,10 +337,10 @@ def test_a_patient_keeps_the_anatomy_and_a_study_the_finding():
     def corr(a, b):
         return np.corrcoef(a[20:-20, 20:-20].ravel(), b[20:-20, 20:-20].ravel())[0, 1]
 
-    draw = lambda **k: draw_radiograph('typical', 0, (126, 154), **k)
-    first, sibling = draw(patient=1, study=1, image=0), draw(patient=1, study=1, image=1)
+    draw = lambda *key: draw_radiograph('typical', 0, (126, 154), Exposure(*key))
+    first, sibling = draw(1, 1, 0), draw(1, 1, 1)
     assert (first[0] != sibling[0]).any() and corr(first[0], sibling[0]) > 0.95
-    assert corr(first[0], sibling[0]) > corr(first[0], draw(patient=2, study=5)[0])
+    assert corr(first[0], sibling[0]) > corr(first[0], draw(2, 5)[0])
 
 
 def test_masks_beside_the_tree(cohort):
@@ -515,7 +520,7 @@ def test_bad_names():
 
 @pytest.mark.parametrize('px', [64, 512])
 def test_smallest_and_largest(px):
-    image, boxes, mask = draw_radiograph('typical', 0, (round(0.82 * px), px), study=1)
+    image, boxes, mask = draw_radiograph('typical', 0, (round(0.82 * px), px), of=Exposure(study=1))
     assert (
         image.shape == (round(0.82 * px), px)
         and len(boxes) >= 2

@@ -9,7 +9,7 @@ __all__ = ['APPEARANCES', 'PROFILES', 'RANGES', 'AREA', 'WHERE', 'PATTERNS', 'DR
            'lung_outlines', 'draw_body', 'draw_ribs', 'draw_girdle', 'draw_spine', 'heart_outline', 'draw_mediastinum',
            'vessel_tree', 'draw_vessels', 'draw_devices', 'Chest', 'Finding', 'no_finding', 'opacities', 'box_size',
            'place', 'halves', 'spread', 'typical', 'indeterminate', 'effusion', 'pneumothorax', 'consolidation', 'mass',
-           'oedema', 'miliary', 'cavity', 'finding', 'attenuation', 'expose', 'letters', 'mark', 'boxes_of',
+           'oedema', 'miliary', 'cavity', 'finding', 'attenuation', 'expose', 'letters', 'mark', 'boxes_of', 'Exposure',
            'draw_radiograph', 'panel', 'quota', 'studies_a_patient', 'assign_classes', 'hex12', 'plan_patients',
            'plan_patterns', 'plan_studies', 'plan_images', 'plant_leaks', 'plan_cohort', 'uid', 'dicom_header',
            'encode', 'write_dicom', 'draw_row', 'write_row', 'write_rows', 'run_plan', 'label_tables', 'summary',
@@ -1054,20 +1054,27 @@ def boxes_of(groups: list) -> list:  # (x, y, width, height) in pixels
     return out
 
 # %% ../../nbs/appendix/data/phantom.ipynb #1858f8ae
+@dataclass(frozen=True)
+class Exposure:
+    "Whose radiograph is drawn, and how it was taken: the same patient keeps the anatomy, the same study the finding."
+
+    patient: int = 0
+    study: int = 0
+    image: int = 0
+    sex: str = 'M'
+    age: float = 55.0
+    view: str = 'PA'
+    vendor: int = 0
+    site: int = -1  # -1: no mark
+
+
 def draw_radiograph(
     appearance: str = 'negative',
     seed: int = 0,  # of every random stream of the image
     size=(230, 280),  # height, width in pixels
-    patient=0,
-    study=0,
-    image=0,  # keys: the same patient keeps the anatomy, the same study the finding
+    of: Exposure = Exposure(),
     pattern: str = None,  # None: drawn from PATTERNS
-    sex: str = 'M',
-    age: float = 55.0,
-    view: str = 'PA',
-    vendor: int = 0,
-    site: int = -1,  # site -1: no mark
-    contrast: float = 1.0,
+    contrast: float = 1.0,  # of the finding
 ) -> tuple:  # image (h,w) uint16 (bright = dense), boxes [(x,y,width,height)], mask (h,w) bool
     "One radiograph with an appearance, its boxes and the true extent of the findings."
     if appearance not in APPEARANCES:
@@ -1075,10 +1082,12 @@ def draw_radiograph(
             f'{appearance!r} is no appearance', field='appearance', hint=f'give one of {", ".join(APPEARANCES)}'
         )
     shares = PATTERNS[appearance]
-    body, pose, shot = rng(seed, 'patient', patient), rng(seed, 'study', study), rng(seed, 'image', study, image)
+    view = of.view
+    body, pose = rng(seed, 'patient', of.patient), rng(seed, 'study', of.study)
+    shot = rng(seed, 'image', of.study, of.image)
     pattern = pattern or pose.choice(list(shares), p=list(shares.values()))
     h, w = size
-    anatomy, breath = patient_anatomy(body, sex, age), pose.normal(-0.05 if view == 'AP' else 0.03, 0.05)
+    anatomy, breath = patient_anatomy(body, of.sex, of.age), pose.normal(-0.05 if view == 'AP' else 0.03, 0.05)
     scale = (
         (0.355 if h < 0.9 * w else 0.385 if h < 1.1 * w else 0.40)
         * w
@@ -1093,8 +1102,9 @@ def draw_radiograph(
         pose.normal(0, 1.2) * (1.8 if view == 'AP' else 1),
     )
     chest = Chest(frame, anatomy, breath, view)
-    what = finding(chest, rng(seed, 'finding', study), pattern)
-    film = mark(expose(attenuation(chest, what, shot, contrast), frame, shot, view, vendor), frame, shot, view, site)
+    what = finding(chest, rng(seed, 'finding', of.study), pattern)
+    film = expose(attenuation(chest, what, shot, contrast), frame, shot, view, of.vendor)
+    film = mark(film, frame, shot, view, of.site)
     mask = np.any(what.groups, 0) if what.groups else np.zeros((h, w), bool)
     return np.round(film * 65535).astype(np.uint16), boxes_of(what.groups), mask
 
@@ -1428,16 +1438,18 @@ def draw_row(c: PhantomConfig, row) -> tuple:  # image uint16 (h,w), boxes, mask
         APPEARANCES[row.appearance],
         c.seed,
         (row.height, row.width),
-        row.body,
-        row.pose,
-        row.shot,
-        row.pattern,
-        row.sex,
-        row.age,
-        row['view'],
-        row.vendor,
-        row.site,
-        row.contrast,
+        of=Exposure(
+            patient=row.body,
+            study=row.pose,
+            image=row.shot,
+            sex=row.sex,
+            age=row.age,
+            view=row['view'],
+            vendor=row.vendor,
+            site=row.site,
+        ),
+        pattern=row.pattern,
+        contrast=row.contrast,
     )
     if row.leak == 'twin':
         r = rng(c.seed, 'twin', row.image)

@@ -132,8 +132,9 @@ def model_facts(study) -> dict:  # arch, px, maps, single, multi, moco, inpainti
 TINTS = dict(data=('#E3EEF7', '#0072B2'), learns=('#FBE3B8', '#B36B00'), result=('#F2F2F2', '0.35'))  # fill, edge
 
 
-def draw_box(ax, x, y, w, h, title, lines=(), kind='data', size=6.2):  # left, bottom, width, height in inches
+def draw_box(ax, at, title, lines=(), kind='data', size=6.2):  # at: left, bottom, width, height in inches
     "A box with a title and lines below it; returns its corners."
+    x, y, w, h = at
     fill, edge = TINTS[kind]
     ax.add_patch(
         FancyBboxPatch((x, y), w, h, boxstyle='round,pad=0,rounding_size=.04', fc=fill, ec=edge, lw=0.8, clip_on=False)
@@ -207,7 +208,7 @@ def draw_flow(ax, c, r, m, study, width=2.32, top=4.66):
     y, at, gap = top, {}, (top - sum(heights)) / (len(boxes) - 1)  # down to the bottom
     for (title, lines, kind), h in zip(boxes, heights):
         y -= h
-        at[title] = draw_box(ax, 0, y, width, h, title, lines, kind)
+        at[title] = draw_box(ax, (0, y, width, h), title, lines, kind)
         y -= gap
     for (a, *_), (b, *_) in zip(boxes, boxes[1:]):
         draw_arrow(ax, (width / 2, at[a][1]), (width / 2, at[b][3]))
@@ -222,7 +223,7 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
     if r['pretraining']:
         words = r['corpus'].split(', ')
         y = middle(at['Cohort']) - 0.25
-        corpus = draw_box(ax, x, y, w, 0.5, 'Unlabelled', words if len(words) < 3 else words[:2])
+        corpus = draw_box(ax, (x, y, w, 0.5), 'Unlabelled', words if len(words) < 3 else words[:2])
         draw_arrow(ax, (width, middle(at['Cohort'])), (x, middle(at['Cohort'])), ls=(0, (2, 1.5)))
         ax.text(
             x + w / 2,
@@ -237,10 +238,7 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
         k = r['pretraining']
         pre = draw_box(
             ax,
-            x,
-            y,
-            w,
-            0.5,
+            (x, y, w, 0.5),
             'Pre-training',
             [', '.join(METHODS[m].title for m in r['methods']), f'{k} run{"s" * (k != 1)}'],
             'learns',
@@ -249,10 +247,7 @@ def draw_sources(ax, at, r, width, x=2.52, w=0.88):  # at: title -> corners
         draw_arrow(ax, (x, middle(pre)), (width, middle(pre)))
     draw_box(
         ax,
-        x,
-        middle(at['Predictions']) - 0.25,
-        w,
-        0.45,
+        (x, middle(at['Predictions']) - 0.25, w, 0.45),
         f'{len(BASELINES)} baselines',
         ['metadata only, no', 'image content'],
         'result',
@@ -265,9 +260,10 @@ def column(k):
 
 
 def draw_map(
-    ax, x, y, shape, px, kind, label, wide=0.13
-):  # x, y: its centre; shape: channels, side; label: y of the numbers
+    ax, centre, shape, px, kind, label, wide=0.13
+):  # centre: x, y; shape: channels, side; label: y of the numbers
     "One feature map; returns left, bottom, right, top."
+    x, y = centre
     h = 0.6 * (shape[1] / px) ** 0.4
     fill, edge = TINTS[kind]
     ax.add_patch(plt.Rectangle((x - wide / 2, y - h / 2), wide, h, fc=fill, ec=edge, lw=0.8))
@@ -292,23 +288,23 @@ def frame(ax, x0, y0, x1, y1):
 
 def draw_classifiers(ax, m, y=2.4, below=1.32):
     "Panel b, lower half: encoder, head, decoder."
-    image = draw_map(ax, column(0), y, (1, m['px']), m['px'], 'data', y + 0.47)
+    image = draw_map(ax, (column(0), y), (1, m['px']), m['px'], 'data', y + 0.47)
     shift = len(m['blocks']) - 1 - len(m['maps'])  # encoders that start at 1/4 have a map less
-    maps = [draw_map(ax, column(k), y, s, m['px'], 'learns', y + 0.47) for k, s in enumerate(m['maps'], 1 + shift)]
+    maps = [draw_map(ax, (column(k), y), s, m['px'], 'learns', y + 0.47) for k, s in enumerate(m['maps'], 1 + shift)]
     for a, b in zip([image, *maps], maps):
         draw_arrow(ax, (a[2], y), (b[0], y))
     blocks = [
-        draw_map(ax, column(len(m['blocks']) - 2 - k), below, s, m['px'], 'learns', below - 0.47)
+        draw_map(ax, (column(len(m['blocks']) - 2 - k), below), s, m['px'], 'learns', below - 0.47)
         for k, s in enumerate(m['blocks'][:-1])
     ]
-    mask = draw_map(ax, 0.12, below, m['blocks'][-1], m['px'], 'result', below - 0.47)
+    mask = draw_map(ax, (0.12, below), m['blocks'][-1], m['px'], 'result', below - 0.47)
     for a, b in zip(blocks, [*blocks[1:], mask]):
         draw_arrow(ax, (a[0], below), (b[2], below))
     for a, b in zip(maps[:-1][::-1], blocks):
         draw_arrow(ax, ((a[0] + a[2]) / 2, a[1]), ((b[0] + b[2]) / 2, b[3]), colour='0.5')
     last = maps[-1]
     draw_arrow(ax, ((last[0] + last[2]) / 2, last[1]), ((last[0] + last[2]) / 2, below), (blocks[0][2], below))
-    head = draw_box(ax, 2.62, y - 0.25, 0.78, 0.5, 'Head', ['mean, linear', f'{len(CLASSES)} class logits'], 'learns')
+    head = draw_box(ax, (2.62, y - 0.25, 0.78, 0.5), 'Head', ['mean, linear', f'{len(CLASSES)} class logits'], 'learns')
     draw_arrow(ax, (last[2], y), (head[0], y))
     frame(ax, maps[0][0] - 0.1, y - 0.36, last[2] + 0.1, y + 0.6)
     ax.text(0.02, y + 0.67, f"encoder: {m['arch']}", fontsize=6.2, va='center')
@@ -325,10 +321,10 @@ def draw_pretraining(ax, m, methods, top=3.0):  # top: of the encoder's frame
     "Panel b, upper half: how the encoder is pre-trained without labels."
     if 'moco' in methods:
         o = m['moco']
-        view = draw_box(ax, 0, 4.4, 1.6, 0.25, f"Two views, {o['px']} × {o['px']}")
-        key = draw_box(ax, 0, 3.84, 0.76, 0.4, 'Key encoder', [f"m = {o['m']:g}"], 'learns')
-        own = draw_box(ax, 0.84, 3.84, 0.76, 0.4, 'Encoder', [f"{o['dim']} features"], 'learns')
-        loss = draw_box(ax, 0, 3.32, 1.22, 0.38, 'MoCo: InfoNCE', [f"{o['K']:,} keys, T = {o['T']:g}"], 'result')
+        view = draw_box(ax, (0, 4.4, 1.6, 0.25), f"Two views, {o['px']} × {o['px']}")
+        key = draw_box(ax, (0, 3.84, 0.76, 0.4), 'Key encoder', [f"m = {o['m']:g}"], 'learns')
+        own = draw_box(ax, (0.84, 3.84, 0.76, 0.4), 'Encoder', [f"{o['dim']} features"], 'learns')
+        loss = draw_box(ax, (0, 3.32, 1.22, 0.38), 'MoCo: InfoNCE', [f"{o['K']:,} keys, T = {o['T']:g}"], 'result')
         for b in (key, own):
             draw_arrow(ax, ((b[0] + b[2]) / 2, view[1]), ((b[0] + b[2]) / 2, b[3]))
         draw_arrow(ax, (0.38, key[1]), (0.38, loss[3]))
@@ -336,10 +332,10 @@ def draw_pretraining(ax, m, methods, top=3.0):  # top: of the encoder's frame
         draw_arrow(ax, (1.42, own[1]), (1.42, top), colour='#B36B00')
     if 'inpainting' in methods:
         o = m['inpainting']
-        hole = draw_box(ax, 1.76, 4.4, 1.64, 0.25, f"Image with holes, {o['px']} × {o['px']}")
-        own = draw_box(ax, 1.76, 3.84, 0.7, 0.4, 'Encoder', ['last map'], 'learns')
-        back = draw_box(ax, 2.6, 3.84, 0.8, 0.4, 'Decoder', ['without skips'], 'learns')
-        loss = draw_box(ax, 2.1, 3.32, 1.3, 0.38, 'Inpainting', ['restored image'], 'result')
+        hole = draw_box(ax, (1.76, 4.4, 1.64, 0.25), f"Image with holes, {o['px']} × {o['px']}")
+        own = draw_box(ax, (1.76, 3.84, 0.7, 0.4), 'Encoder', ['last map'], 'learns')
+        back = draw_box(ax, (2.6, 3.84, 0.8, 0.4), 'Decoder', ['without skips'], 'learns')
+        loss = draw_box(ax, (2.1, 3.32, 1.3, 0.38), 'Inpainting', ['restored image'], 'result')
         draw_arrow(ax, (2.11, hole[1]), (2.11, own[3]))
         draw_arrow(ax, (own[2], 4.04), (back[0], 4.04))
         draw_arrow(ax, (3.0, back[1]), (3.0, loss[3]))

@@ -248,12 +248,10 @@ def simulate_labels(
     seed: int = 0,
     flip: float = 0.0,  # share of studies with a wrong label (of the studies of the two classes, where `between` is given)
     between=None,  # two classes that are swapped; None: any other class, evenly
-    separation: float = 1.2,  # 1.2: a weak model, 4: a strong one
     learnt: str = 'right',  # the labels that the probabilities are true to: 'right' or 'written'
     validation: str = 'written',  # the labels of the `val` rows: 'written', or 'right' as read again by a panel
     temperature: float = 1.0,  # the logits are multiplied with it: above 1 the model is overconfident
-    images: float = 1.0,
-    shares=SHARES,
+    **cohort,  # separation (1.2: a weak model, 4: a strong one), images, shares of `simulate_run`
 ) -> pd.DataFrame:  # predictions, `val` and `test`, five folds; columns `true`, `flipped`
     "Predictions of five folds whose labels are wrong on purpose."
     if not {learnt, validation} <= {'right', 'written'} or not 0 <= flip < 1:
@@ -262,7 +260,7 @@ def simulate_labels(
             field='learnt, validation, flip',
             hint="use 'right' or 'written', and a share below 1",
         )
-    df = simulate_run(n_patients, seed, 1.0, 5, separation, shares, images=images)
+    df = simulate_run(n_patients, seed, 1.0, 5, **dict(separation=1.2, shares=SHARES, images=1.0) | cohort)
     g = rng(seed, 'flip')
     turn = (
         np.full((4, 4), 1 / 3)

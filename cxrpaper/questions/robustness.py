@@ -283,12 +283,10 @@ class Reader(torch.nn.Module):
 def external_cohort(
     external,
     internal,  # `cohort.Cohort`: the other hospital; all that the study knows
-    external_hashes=None,
-    internal_hashes=None,  # of all images, in order; None: decoded here
-    **search,  # max_distance, workers, progress of `corpora.exclude`
+    **search,  # hashes, max_distance, workers, progress of `corpora.exclude`
 ) -> tuple:  # Cohort of labelled strangers, row numbers in the store of `external`, reason -> images removed
     "The external radiographs that the study cannot have seen."
-    table = exclude(external, internal, held_out_rows(internal, None), external_hashes, internal_hashes, **search)
+    table = exclude(external, internal, held_out_rows(internal, None), **search)
     rest = pretraining_corpus(external, table)
     rows = np.flatnonzero(table.used.to_numpy() & (external.images.label >= 0).to_numpy())
     if not len(rows):
@@ -378,14 +376,12 @@ def external_evaluation(
     external,
     store,  # `cohort.Cohort` of the other hospital, its store at the px of the models
     study_cohort,  # `cohort.Cohort` of everything that the study knows
-    external_hashes=None,
-    internal_hashes=None,
     how: Resampling = Resampling(1000),
     device='cpu',
     **search,
 ) -> tuple:  # drop (from `external_drop`), class shares, sentence
     "An external cohort, cleaned of copies and predicted by every model of the study."
-    rest, rows, removed = external_cohort(external, study_cohort, external_hashes, internal_hashes, **search)
+    rest, rows, removed = external_cohort(external, study_cohort, **search)
     images = external.images
     frames = [predict_changed([t._replace(rows=rows)], store, images, device=device) for t in tested]
     drop = external_drop(internal, frames, how)
@@ -463,7 +459,7 @@ def external_part(s: Subject) -> dict:
         )
     other = read_cohort(where['data_root'], adapter=where['adapter'])
     drop, shares, sentence = external_evaluation(
-        s.models(), s.frame, other, build_store(other, s.study['px'], workers=1), s.cohort, device=s.device, how=s.how
+        s.models(), s.frame, other, build_store(other, s.study['px'], workers=1), s.cohort, s.how, s.device
     )
     return dict(external=drop.assign(sentence=sentence), external_shares=shares.rename_axis('class').reset_index())
 

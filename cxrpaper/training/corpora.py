@@ -132,15 +132,17 @@ def exclude(
     corpus: Cohort,  # what pre-training would like to see
     labelled: Cohort,  # the cohort that models are tested on
     rows,  # (m,) row numbers of labelled.images that must not be seen, from `held_out_rows`
-    corpus_hashes=None,  # (n, 13) of corpus.images, from `hash_cohort` or `perceptual_hashes(store.images)`; None: decoded here
-    labelled_hashes=None,  # (N, 13) of all labelled.images; None: those of `rows` are decoded here
+    hashes=(
+        None,
+        None,
+    ),  # (n, 13) of corpus.images and (N, 13) of all labelled.images, from `hash_cohort` or `perceptual_hashes(store.images)`; None: decoded here
     max_distance: int = None,  # bits; None: `held_out_distance`; -1: no search for copies, which `check_unseen` refuses
     workers: int = 2,
     progress: bool = False,
 ) -> pd.DataFrame:  # (n,) columns image, patient, group, used, reason (a key of REASONS or ''), copy_of, distance (to the nearest held-out image, NaN without search); attrs: max_distance, same_corpus, held_out, n_rows
     "Whether pre-training may use each image of a corpus; in the order of corpus.images."
     im, held = corpus.images, labelled.images.iloc[rows]
-    near, limit = _search(corpus, labelled, rows, corpus_hashes, labelled_hashes, max_distance, workers, progress)
+    near, limit = _search(corpus, labelled, rows, hashes, max_distance, workers, progress)
     is_copy = (near.distance <= limit).values
     copy_of = np.where(is_copy, held.image.values[near.position], '')
     evidence = same_corpus(corpus, labelled, copy_of)
@@ -165,31 +167,30 @@ def exclude(
 
 # %% ../../nbs/appendix/training/corpora.ipynb #6dce4d9d
 def _search(
-    corpus, labelled, rows, corpus_hashes, labelled_hashes, max_distance, workers, progress
+    corpus, labelled, rows, hashes, max_distance, workers, progress
 ):  # -> (`nearest_held_out`, bits up to which it is a copy)
     "Hashes decoded where they are not given, and compared; InputError where they do not belong to the cohorts."
     n = len(corpus.images)
     if len(rows) == 0:
         raise InputError('no row to keep out', field='rows', hint='give those of held_out_rows')
-    for name, hashes, size in (
-        ('corpus_hashes', corpus_hashes, n),
-        ('labelled_hashes', labelled_hashes, len(labelled.images)),
-    ):
-        if hashes is not None and len(hashes) != size:
+    for name, given, size in zip(('corpus', 'labelled'), hashes, (n, len(labelled.images))):
+        if given is not None and len(given) != size:
             raise InputError(
-                f'{len(hashes):,} hashes of {size:,} images', field=name, hint='give the hash of every image, in order'
+                f'{len(given):,} hashes of {size:,} images of {name}',
+                field='hashes',
+                hint='give the hash of every image, in order',
             )
     if max_distance == -1:
         return pd.DataFrame(dict(position=np.zeros(n, int), distance=np.full(n, np.nan), mirrored=False)), -1
     held = labelled.images.iloc[rows]
     h = (
         hash_cohort(Cohort(held, labelled.root, labelled.name), workers, progress)
-        if labelled_hashes is None
-        else labelled_hashes[rows]
+        if hashes[1] is None
+        else hashes[1][rows]
     )
     limit = held_out_distance(h, held.group.values) if max_distance is None else max_distance
-    hashes = hash_cohort(corpus, workers, progress) if corpus_hashes is None else corpus_hashes
-    return nearest_held_out(hashes, h, progress), limit
+    own = hash_cohort(corpus, workers, progress) if hashes[0] is None else hashes[0]
+    return nearest_held_out(own, h, progress), limit
 
 # %% ../../nbs/appendix/training/corpora.ipynb #49532c26
 def excluded_counts(

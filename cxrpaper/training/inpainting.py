@@ -321,7 +321,6 @@ def restore(
     images: np.ndarray,  # (n,px,px) uint8
     holes: Tensor,  # (n,1,px,px) bool
     how: str = 'mean',  # as in `fill`
-    device='cpu',
     size: int = 64,  # images at a time
     seed: int = 0,  # for noise
     keep: bool = True,  # keep the visible pixels; False: all as the network draws it
@@ -331,7 +330,7 @@ def restore(
         raise InputError(
             f'{tuple(holes.shape)} for images {images.shape}', field='holes', hint='give (n,1,px,px), one per image'
         )
-    out = []
+    out, device = [], next(model.parameters()).device
     with evaluating(model):
         for i in range(0, len(images), size):
             x, h = (

@@ -66,6 +66,8 @@ def gather(
 class MoCo(nn.Module):
     "Momentum contrast v2. `encoder` is the query encoder, the one that is kept."
 
+    shuffle = True  # the keys among the groups; False only to show what happens then
+
     def __init__(
         self,
         encoder: Encoder,  # where it starts: random or pre-trained
@@ -74,7 +76,6 @@ class MoCo(nn.Module):
         m: float = 0.999,  # momentum of the key encoder
         T: float = 0.2,  # temperature
         groups: int = 1,  # groups of batch norm, over all processes
-        shuffle: bool = True,  # shuffle the keys among the groups; False only to show what happens then
         seed: int = 0,
     ):  # of queue and shuffles
         super().__init__()
@@ -84,7 +85,7 @@ class MoCo(nn.Module):
             deepcopy(encoder).requires_grad_(False),
             deepcopy(self.head).requires_grad_(False),
         )
-        self.K, self.m, self.T, self.groups, self.shuffle, self.seed = K, m, T, groups, shuffle, seed
+        self.K, self.m, self.T, self.groups, self.seed = K, m, T, groups, seed
         self.register_buffer('queue', F.normalize(torch.randn(dim, K, generator=torch_generator(seed, 'queue')), dim=0))
         self.register_buffer('pointer', torch.zeros((), dtype=torch.int64))
         self.register_buffer('step', torch.zeros((), dtype=torch.int64))

@@ -52,7 +52,7 @@ def pretraining_data(
     folds = assign_folds(labelled.images, n_folds=p.n_folds, seed=p.fold_seed)
     held = held_out_rows(labelled, folds, p.fold)
     hashes = [perceptual_hashes(s.images) for s in (store, labelled_store)]
-    table = exclude(corpus, labelled, held, *hashes)
+    table = exclude(corpus, labelled, held, hashes)
     probes = np.flatnonzero(labelled.images.label.values >= 0)
     if p.fold is not None:
         probes = np.setdiff1d(probes, held)

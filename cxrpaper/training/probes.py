@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..evaluation.metrics import point_metrics
 from ..runs import InputError, rng
+from ..schema import CLASSES
 
 # %% ../../nbs/appendix/training/probes.ipynb #32de71e6
 def check_embeddings(
@@ -133,16 +134,15 @@ def check_labels(y, n: int, n_classes: int = 4) -> np.ndarray:  # (n,) int64
 
 def knn_scores(
     x,
-    y,  # (N,D) embeddings that vote; (N,) labels 0..n_classes-1
+    y,  # (N,D) embeddings that vote; (N,) classes
     groups=None,  # (N,)
     queries=None,  # (Q,D) embeddings to be classified; None: `x` itself, each image by the other groups
     query_groups=None,  # (Q,); None: queries and bank have no patient in common
     k: int = 20,  # neighbours
     T: float = 0.07,  # temperature
-    n_classes: int = 4,
-) -> np.ndarray:  # (Q,n_classes) probabilities, float64
+) -> np.ndarray:  # (Q,4) probabilities, float64
     "Weighted k-nearest-neighbour classification (Wu et al. 2018)."
-    y = check_labels(y, len(x), n_classes)
+    y = check_labels(y, len(x))
     if not T > 0:
         raise InputError(f'{T!r}', field='T', hint='give a temperature above 0')
     if queries is None:
@@ -153,7 +153,7 @@ def knn_scores(
         queries, query_groups = x, groups
     rows, cosine = nearest(queries, x, k, query_groups, groups if query_groups is not None else None)
     votes = torch.softmax(cosine.double() / T, 1)
-    p = torch.zeros(len(rows), n_classes, dtype=torch.float64, device=votes.device)
+    p = torch.zeros(len(rows), len(CLASSES), dtype=torch.float64, device=votes.device)
     return p.scatter_add_(1, torch.as_tensor(y, device=rows.device)[rows], votes).cpu().numpy()
 
 # %% ../../nbs/appendix/training/probes.ipynb #10c78b5d
