@@ -5,7 +5,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 PYTHON ?= python3
 PROFILE ?= smoke
-CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # GPUs here: those of CUDA_VISIBLE_DEVICES where it is set, else all
 GPUS ?= $(shell { if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$$CUDA_VISIBLE_DEVICES" | grep -c .; else nvidia-smi -L 2>/dev/null | grep -c '^GPU'; fi; } || true)
 # where the jobs run: local, or slurm (JOBS at a time at most; PARTITION and ACCOUNT where the cluster asks for them; MORE for any other option of Snakemake)

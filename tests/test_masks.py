@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 
 from cxrpaper.data.readers import read_real_cxr
@@ -31,7 +32,7 @@ from cxrpaper.evaluation.masks import (
     score_masks,
     steps,
 )
-from cxrpaper.evaluation.metrics import Resampling, percentile_interval, resampled_units
+from cxrpaper.evaluation.metrics import Resampling, resampled_units, standard_error
 from cxrpaper.runs import InputError, file_digest
 from cxrpaper.schema import CLASSES
 
@@ -405,16 +406,12 @@ def test_interval_is_the_one_of_a_loop(by):
     assert got.metric.tolist() == MASK_METRICS and (got.n_seeds == 2).all()
     assert np.allclose(got.value, np.mean([by_loop(runs, by) for runs in seeds], 0), atol=1e-12, equal_nan=True)
     groups = np.unique(np.concatenate([r.of('test').images.group for r in seeds[0]]).astype(str))
-    samples = np.array(
-        [
-            np.mean([by_loop(runs, by, dict(zip(groups, q))) for runs in seeds], 0)
-            for q in np.hstack(list(resampled_units(len(groups), n_boot, 4))).T
-        ]
-    )
+    draws = np.hstack(list(resampled_units(len(groups), n_boot, 4))).T
+    samples = np.array([[by_loop(runs, by, dict(zip(groups, q))) for q in draws] for runs in seeds])  # (S,B,K)
+    points = np.array([by_loop(runs, by) for runs in seeds])
     for i, r in got.iterrows():
-        assert np.allclose((r.lo, r.hi, r.n_boot), percentile_interval(samples[:, i]), atol=1e-12, equal_nan=True), (
-            r.metric
-        )
+        want = standard_error([(points[:, i], samples[:, :, i], 1)], r.n_units)
+        assert np.allclose((r.se, r.df), want, rtol=1e-9, equal_nan=True), r.metric
     tests = pd.concat([r.of('test').images for r in seeds[0]])
     inside = join([r.of('test') for r in seeds[0]]).inside
     assert got.set_index('metric').n['dice'] == (
@@ -517,8 +514,10 @@ def test_paired_difference_is_its_definition():
     ca, cb = [mask_cases(r) for r in a], mask_cases(b[0])
     s = np.hstack([np.mean([c.samples(q) for c in ca], 0) - cb.samples(q) for q in resampled_units(cb.n_units, 200, 2)])
     i = MASK_METRICS.index('iou_typical')
-    assert (d.lo[i], d.hi[i]) == pytest.approx(tuple(np.quantile(s[i], [0.025, 0.975])))
-    assert d.p[i] == pytest.approx(min(1, 2 * (min((s[i] <= 0).sum(), (s[i] >= 0).sum()) + 1) / 201))
+    assert d.se[i] == pytest.approx(s[i].std(ddof=1)) and d.n_runs[i] == 1  # b has one run: about these models
+    half = stats.t.ppf(0.975, d.df[i]) * d.se[i]
+    assert (d.lo[i], d.hi[i]) == pytest.approx((d.difference[i] - half, d.difference[i] + half))
+    assert d.p[i] == pytest.approx(2 * stats.t.sf(abs(d.difference[i]) / d.se[i], d.n_units[i] - 1))
     assert np.allclose(back.lo, -d.hi, equal_nan=True) and np.allclose(back.p, d.p, equal_nan=True)
     assert d.set_index('metric').lo['dice'] > 0 and d.set_index('metric').p['dice'] < 0.05
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 
 from cxrpaper.evaluation.metrics import (
@@ -13,6 +14,7 @@ from cxrpaper.evaluation.metrics import (
     average_precision,
     bootstrap,
     bootstrap_difference,
+    bootstrap_p,
     check_predictions,
     curve_band,
     delong,
@@ -29,6 +31,7 @@ from cxrpaper.evaluation.metrics import (
     resampled_units,
     roc_points,
     running_sum,
+    sampled,
     simulate_predictions,
     softmax,
     study_level,
@@ -197,8 +200,12 @@ def test_interval_equals_a_plain_loop(df):
         i = np.concatenate([np.tile(r, n) for r, n in zip(rows, q)])
         aucs.append(np.mean([sk.roc_auc_score(c.y[i] == k, c.p[i, k]) for k in range(4)]))
         acc.append((c.y[i] == c.p[i].argmax(1)).mean())
+    carrying = dict(auc_macro=df.groupby('label').group.nunique().min(), accuracy=c.n_units)
     for k, v in dict(auc_macro=aucs, accuracy=acc).items():
-        assert np.allclose([got.lo[k], got.hi[k]], np.quantile(v, [0.025, 0.975]), atol=1e-12)
+        value = got.value[k]
+        half = stats.t.ppf(0.975, carrying[k] - 1) * np.std(v, ddof=1) / (value * (1 - value))
+        want = [1 / (1 + np.exp(-np.log(value / (1 - value)) - h)) for h in (-half, half)]
+        assert np.allclose([got.lo[k], got.hi[k]], want, atol=1e-9) and got.se[k] == pytest.approx(np.std(v, ddof=1))
 
 
 def test_rows_may_come_in_any_order_and_seeds_decide(df):
@@ -373,13 +380,12 @@ def test_seeds_are_averaged_inside_a_resample(df):
     assert got.value['auc_macro'] == pytest.approx(np.mean([o.value for o in one])) and got.n_seeds['auc_macro'] == 3
     assert got.sd_seeds['auc_macro'] == pytest.approx(np.std([o.value for o in one], ddof=1))
     cases = [read_cases(f) for f in frames]
-    samples = np.concatenate(
-        [
-            np.mean([c.samples(q, ['auc_macro'])['auc_macro'] for c in cases], 0)
-            for q in resampled_units(cases[0].n_units, 100)
-        ]
-    )
-    assert got.lo['auc_macro'] == pytest.approx(np.quantile(samples, 0.025))
+    of = lambda c: [c.samples(q, ['auc_macro'])['auc_macro'] for q in resampled_units(cases[0].n_units, 100)]
+    v = np.array([np.concatenate(of(c)) for c in cases])  # (seed, resample)
+    values = np.array([o.value for o in one])
+    of_patients = sum(np.var(row - v.mean(0), ddof=1) for row in v) / (3 - 1)
+    run = max(np.var(values, ddof=1) - of_patients, 0)
+    assert got.se['auc_macro'] == pytest.approx((np.var(v.mean(0), ddof=1) + run / 3) ** 0.5)
     assert np.isnan(evaluate([df], Resampling(20)).sd_seeds).all()
     for bad in (
         [df, df.iloc[3:]],
@@ -392,6 +398,38 @@ def test_seeds_are_averaged_inside_a_resample(df):
         evaluate([df], Resampling(20), metrics=['auroc'])
     with pytest.raises(InputError, match='no predictions'):
         evaluate([], Resampling(20))
+
+
+def trained(df, shift, spread, key, runs):
+    "Training runs of one recipe: each gives the classes another signal, and every image noise of its own."
+    g = np.random.default_rng(key)
+    y = np.eye(4)[df.label]
+    out = []
+    for _ in range(runs):
+        logits = df[LOGITS].to_numpy() + (shift + spread * g.normal()) * y + 0.6 * g.normal(size=(len(df), 4))
+        out.append(df.assign(**dict(zip(LOGITS, logits.T))))
+    return out
+
+
+def test_recipes_that_are_the_same_are_rarely_told_apart():
+    "Two recipes, three runs each: patients alone would tell the same recipe apart; a better recipe is found with five runs."
+    how, fired = Resampling(100), dict(same=[], patients_only=[], better=[])
+    for k in range(24):
+        df = simulate_predictions(150, k, separation=0.9)
+        a, b = (trained(df, 0, 0.1, (k, i), 3) for i in (1, 2))
+        d = bootstrap_difference(a, b, how, metrics=['auc_macro']).iloc[0]
+        fired['same'].append(d.p < 0.05)
+        v = sampled([read_cases(f) for f in a + b], how, ['auc_macro'])[1]['auc_macro']
+        fired['patients_only'].append(bootstrap_p(v[:3].mean(0) - v[3:].mean(0)) < 0.05)
+        a, b = (trained(df, shift, 0.1, (k, i), 5) for i, shift in ((3, 0.35), (4, 0)))
+        fired['better'].append(bootstrap_difference(a, b, how, metrics=['auc_macro']).p[0] < 0.05)
+    rate = {k: np.mean(v) for k, v in fired.items()}
+    assert rate['same'] <= 0.125 and rate['patients_only'] > 0.25 and rate['better'] > 0.75, rate
+
+
+def test_one_run_says_nothing_of_the_method(df):
+    one, several = (bootstrap_difference(noisy(df, 0), b, Resampling(50)) for b in (noisy(df, 1), [noisy(df, 1)] * 2))
+    assert (one.n_runs == 1).all() and (several.n_runs == 1).all()
 
 
 # ---------------------------------------------------------------- speed

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from ..data.store import pixel_span
-from .metrics import DEFAULT, Resampling, bootstrap_p, resampled_units
+from .metrics import DEFAULT, Resampling, estimate, estimated_difference, resampled_units
 from ..runs import InputError, atomic, resolve, show_path
 from ..schema import CLASSES
 
@@ -467,11 +467,11 @@ def _seed_cases(seeds, unit, by, leaky):  # one list of runs per seed
     return cases
 
 
-def _resample(cases, weights, how: Resampling):  # weights: one number per case
-    "Point values of each case (C,K), and resampled values of their weighted sum (K,n_boot)."
+def _sampled(cases, how: Resampling):
+    "Values of each case (C,K), as they are and in resampled patients (C,K,n_boot)."
     points = np.array([c.samples(np.ones((c.n_units, 1)))[:, 0] for c in cases])
-    parts = [sum(w * c.samples(counts) for w, c in zip(weights, cases)) for counts in how.weights(cases[0].n_units)]
-    return points, np.concatenate(parts, 1)
+    parts = [[c.samples(counts) for c in cases] for counts in how.weights(cases[0].n_units)]
+    return points, np.concatenate(parts, 2)
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900059
 def evaluate_masks(
@@ -479,25 +479,15 @@ def evaluate_masks(
     how: Resampling = DEFAULT,
     by: str = 'image',  # image, or study: its images are averaged first
     leaky: bool = False,  # True only where a leaking split is the subject
-) -> pd.DataFrame:  # metric, value, lo, hi, n, n_units, n_boot, n_seeds
-    "Mask metrics averaged over seeds, each with its percentile interval over resampled patients."
+) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, n_units, n_seeds
+    "Mask metrics averaged over seeds, each with its interval over patients and, of several seeds, training runs."
     cases = _seed_cases(seeds, how.unit, by, leaky)
-    points, samples = _resample(cases, [1 / len(cases)] * len(cases), how)
+    points, samples = _sampled(cases, how)
     rows = []
     for i, k in enumerate(MASK_METRICS):
-        lo, hi, used = how.interval(samples[i])
-        rows.append(
-            dict(
-                metric=k,
-                value=points[:, i].mean(),
-                lo=lo,
-                hi=hi,
-                n=cases[0].n[i],
-                n_units=cases[0].units[i],
-                n_boot=used,
-                n_seeds=len(cases),
-            )
-        )
+        at = cases[0].units[i]
+        e = estimate(points[:, i].mean(), samples[:, i], points[:, i], at, how)
+        rows.append(dict(metric=k) | e | dict(n=cases[0].n[i], n_units=at, n_seeds=len(cases)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900068
@@ -507,32 +497,19 @@ def mask_difference(
     how: Resampling = DEFAULT,
     by: str = 'image',
     leaky: bool = False,
-) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, p, n, n_units, n_boot
-    "A minus B on the same resampled patients, with percentile interval and two-sided p."
+) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, p, se, df, n_boot, n, n_units, n_runs
+    "A minus B on the same resampled patients; with several seeds on both sides, training runs count too."
     for v, field in ((a, 'a'), (b, 'b')):
         if isinstance(v, MaskScores) or not len(v):
             raise InputError(
                 'no list of runs', field=field, hint='give one list of MaskScores (one a fold) for each seed'
             )
     cases = _seed_cases([*a, *b], how.unit, by, leaky)
-    points, samples = _resample(cases, [1 / len(a)] * len(a) + [-1 / len(b)] * len(b), how)
+    points, samples = _sampled(cases, how)
     rows = []
     for i, k in enumerate(MASK_METRICS):
-        lo, hi, used = how.interval(samples[i])
-        tied = np.where(abs(samples[i]) <= 1e-12, 0, samples[i])  # a tie stays a tie, whatever the order of summing
-        one, two = points[: len(a), i].mean(), points[len(a) :, i].mean()
-        rows.append(
-            dict(
-                metric=k,
-                a=one,
-                b=two,
-                difference=one - two,
-                lo=lo,
-                hi=hi,
-                p=bootstrap_p(tied),
-                n=cases[0].n[i],
-                n_units=cases[0].units[i],
-                n_boot=used,
-            )
-        )
+        one, two = ((points[at, i], samples[at, i]) for at in (slice(None, len(a)), slice(len(a), None)))
+        d = estimated_difference(one, two, cases[0].units[i], how)
+        about = dict(n=cases[0].n[i], n_units=cases[0].units[i], n_runs=min(len(a), len(b)))
+        rows.append(dict(metric=k) | d | about)
     return pd.DataFrame(rows)

@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'Cases', 'read_cases',
-           'pool_folds', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict', 'evaluate', 'bootstrap',
+           'pool_folds', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict', 'run_variance',
+           'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate', 'bootstrap',
            'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points', 'pr_points',
            'curve_band']
 
@@ -18,7 +19,7 @@ from math import isqrt
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 from tqdm import tqdm
 
 from ..runs import InputError, rng
@@ -344,6 +345,17 @@ class Cases:
         study = {'study_map': np.mean(ap, 0)} | {f'study_ap_{c}': v for c, v in zip(CLASSES, ap)}
         return out | {k: v for k, v in study.items() if metrics is None or k in metrics}
 
+    @property
+    def n_effective(self) -> float:  # Kish (1965): of units that weigh as many as they have images
+        "How many units of equal size would be worth as much."
+        size = np.bincount(self.unit)
+        return size.sum() ** 2 / (size**2).sum()
+
+    def n_carrying(self, metric: str) -> int:  # units
+        "How many units carry a metric: those with an image of its class, of the rarest class for a mean over classes."
+        named = [k for k, c in enumerate(CLASSES) if c in metric] or range(len(CLASSES))
+        return self.n_units if metric == 'accuracy' else min(len(np.unique(self.unit[self.y == k])) for k in named)
+
 # %% ../../nbs/05_metrics.ipynb #57a570dd
 def read_cases(
     df: pd.DataFrame,  # predictions
@@ -416,11 +428,15 @@ def _aligned(frames, unit, leaky):
     return cases
 
 # %% ../../nbs/05_metrics.ipynb #85b2c11a
-def _resample(cases, weights, how, metrics, progress):  # weights: one number per frame
-    "Point values and (n_boot,) samples of the weighted sum over frames: two dicts, and each frame's point values."
-    total = lambda parts: {k: sum(a * s[k] for a, s in zip(weights, parts)) for k in parts[0]}
-    points = [c.samples(np.ones((c.n_units, 1)), metrics) for c in cases]
-    if metrics and (unknown := set(metrics) - set(points[0])):
+def sampled(
+    cases,  # one `Cases` per training run, on the same images
+    how: Resampling,
+    metrics=None,  # names, None = all
+    progress: bool = False,
+) -> tuple:  # metric -> (F,) values of the F runs; metric -> (F,n_boot) values in resampled patients
+    "Every metric of every run, as it is and in each resample; the same patients are drawn for all runs."
+    once = [c.samples(np.ones((c.n_units, 1)), metrics) for c in cases]
+    if metrics and (unknown := set(metrics) - set(once[0])):
         raise InputError(
             f'unknown metric {", ".join(sorted(unknown))}',
             field='metrics',
@@ -434,12 +450,9 @@ def _resample(cases, weights, how, metrics, progress):  # weights: one number pe
         leave=False,
         disable=not progress,
     )
-    parts = [total([c.samples(counts, metrics) for c in cases]) for counts in chunks]
-    return (
-        {k: v[0] for k, v in total(points).items()},
-        {k: np.concatenate([q[k] for q in parts]) for k in parts[0]},
-        points,
-    )
+    parts = [[c.samples(counts, metrics) for c in cases] for counts in chunks]
+    together = lambda k: np.array([np.concatenate([q[f][k] for q in parts]) for f in range(len(cases))])
+    return {k: np.array([q[k][0] for q in once]) for k in once[0]}, {k: together(k) for k in once[0]}
 
 # %% ../../nbs/05_metrics.ipynb #117b679f
 UNDEFINED = 0.05  # share of undefined resamples above which no interval is given
@@ -494,6 +507,77 @@ def verdict(
         return Verdict.EQUIVALENT
     return Verdict.BETTER if lo > than else Verdict.WORSE if hi < than else Verdict.INCONCLUSIVE
 
+# %% ../../nbs/05_metrics.ipynb #a8bd8776
+def run_variance(
+    values: np.ndarray,  # (S,) a metric of S training runs of one method
+    samples: np.ndarray,  # (S,B) the same in resampled patients
+) -> tuple:  # variance of one run, without and with what other patients would change in it
+    "What training again would change."
+    if len(values) < 2:
+        return 0.0, 0.0
+    scatter = values.var(ddof=1)
+    around = samples - samples.mean(0)
+    around = around[:, ~np.isnan(around[0])]  # (S,B') of the defined resamples
+    patients = around.var(axis=1, ddof=1).sum() / (len(values) - 1) if around.shape[1] > 1 else np.nan
+    return np.maximum(scatter - patients, 0.0), scatter
+
+
+def standard_error(
+    methods: list,  # of (values (S,), samples (S,B), sign): the sum of the signed means over runs is the estimate
+    n_units: int,  # patients that carry it
+) -> tuple:  # standard error, degrees of freedom
+    "Over patients and, where every method has several runs, over training runs."
+    resampled = sum(sign * s.mean(0) for _, s, sign in methods)
+    of_patients = np.nanvar(resampled, ddof=1) if (~np.isnan(resampled)).sum() > 1 else np.nan
+    several = min(len(v) for v, _, _ in methods) > 1
+    parts = [(*run_variance(v, s), len(v)) for v, s, _ in methods] if several else []
+    total = of_patients + sum(v / n for v, _, n in parts)
+    spread = of_patients**2 / max(n_units - 1, 1) + sum((raw / n) ** 2 / (n - 1) for _, raw, n in parts)
+    return total**0.5, total**2 / spread if spread > 0 else max(n_units - 1, 1)
+
+# %% ../../nbs/05_metrics.ipynb #3cc53a3b
+def logit_interval(
+    value: float,  # strictly between 0 and 1
+    se: float,
+    df: float,  # degrees of freedom
+    level: float = 0.95,
+) -> tuple:  # lo, hi
+    "Student's interval of a share, made on the logit scale."
+    half = stats.t.ppf((1 + level) / 2, df) * se / (value * (1 - value))
+    return tuple(special.expit(special.logit(value) + np.array([-half, half])))
+
+
+def estimate(
+    value: float,
+    samples: np.ndarray,  # (S,B)
+    values: np.ndarray,  # (S,) of the runs
+    carrying: int,  # patients that carry it
+    how: Resampling,
+) -> dict:  # value, lo, hi, se, df; NaN where more than 5 % of the resamples are undefined
+    "A mean over training runs with its interval."
+    lo, hi, used = how.interval(samples.mean(0))
+    se, df = standard_error([(values, samples, 1)], carrying)
+    if 0 < value < 1 and not np.isnan(lo) and se > 0:
+        lo, hi = logit_interval(value, se, df, how.level)
+    return dict(value=value, lo=lo, hi=hi, se=se, df=df, n_boot=used)
+
+
+def estimated_difference(
+    a: tuple,
+    b: tuple,  # of A and B: (values (S,), samples (S,B))
+    carrying: int,
+    how: Resampling,
+) -> dict:  # a, b, difference, lo, hi, p, se, df, n_boot
+    "A minus B, with Student's interval and two-sided p."
+    change = a[1].mean(0) - b[1].mean(0)
+    _, _, used = how.interval(change)
+    se, df = standard_error([(*a, 1), (*b, -1)], carrying)
+    d = a[0].mean() - b[0].mean()
+    half, p = (stats.t.ppf((1 + how.level) / 2, df) * se, 2 * stats.t.sf(abs(d) / se, df)) if se > 1e-12 else (0.0, 1.0)
+    if used < (1 - UNDEFINED) * how.n_boot or np.isnan(se):
+        half = p = np.nan
+    return dict(a=a[0].mean(), b=b[0].mean(), difference=d, lo=d - half, hi=d + half, p=p, se=se, df=df, n_boot=used)
+
 # %% ../../nbs/05_metrics.ipynb #ac0d35a3
 DEFAULT = Resampling()
 
@@ -504,33 +588,28 @@ def evaluate(
     metrics=None,  # names, None = all
     leaky: bool = False,  # True only where a leaking split is the subject
     progress: bool = False,
-) -> pd.DataFrame:  # metric, value, lo, hi, n, n_units, n_boot, n_seeds, sd_seeds
-    "Metrics averaged over seeds, each with its percentile interval over resampled patients."
+) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, n_units, n_effective, n_seeds, sd_seeds
+    "Metrics averaged over seeds, each with its interval over patients and, of several seeds, training runs."
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     cases = _aligned(frames, how.unit, leaky)
-    value, samples, points = _resample(cases, [1 / len(cases)] * len(cases), how, metrics, progress)
-    rows = []
-    for k, v in value.items():
-        lo, hi, used = how.interval(samples[k])
-        sd = np.std([q[k][0] for q in points], ddof=1) if len(cases) > 1 else np.nan
-        rows.append(
-            dict(
-                metric=k,
-                value=v,
-                lo=lo,
-                hi=hi,
-                n=len(cases[0].studies[0] if k.startswith('study') else cases[0].y),
-                n_units=cases[0].n_units,
-                n_boot=used,
-                n_seeds=len(cases),
-                sd_seeds=sd,
-            )
+    first, (values, samples) = cases[0], sampled(cases, how, metrics, progress)
+    rows = [
+        dict(metric=k)
+        | estimate(v.mean(), samples[k], v, first.n_carrying(k), how)
+        | dict(
+            n=len(first.studies[0] if k.startswith('study') else first.y),
+            n_units=first.n_units,
+            n_effective=first.n_effective,
+            n_seeds=len(cases),
+            sd_seeds=v.std(ddof=1) if len(v) > 1 else np.nan,
         )
+        for k, v in values.items()
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05_metrics.ipynb #87927e8c
 def bootstrap(df: pd.DataFrame, how: Resampling = DEFAULT, metrics=None) -> pd.DataFrame:
-    "`evaluate` of a single frame: metric, value, lo, hi, n, n_units, n_boot."
+    "`evaluate` of a single frame: the same columns without those of seeds."
     return evaluate([df], how, metrics).drop(columns=['n_seeds', 'sd_seeds'])
 
 # %% ../../nbs/05_metrics.ipynb #c5bd6a37
@@ -541,31 +620,21 @@ def bootstrap_difference(
     metrics=None,
     leaky: bool = False,
     progress: bool = False,
-) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, p, n, n_units, n_boot
-    "A minus B on the same resampled patients, with percentile interval and two-sided p."
+) -> (
+    pd.DataFrame
+):  # metric, a, b, difference, lo, hi, p, se, df, n_boot, n, n_units, n_runs (of the method that has fewer)
+    "A minus B on the same resampled patients; with several seeds on both sides, training runs count too."
     a, b = ([x] if isinstance(x, pd.DataFrame) else list(x) for x in (a, b))
     cases = _aligned(a + b, how.unit, leaky)
-    weights = [1 / len(a)] * len(a) + [-1 / len(b)] * len(b)
-    value, samples, points = _resample(cases, weights, how, metrics, progress)
-    rows = []
-    for k, v in value.items():
-        lo, hi, used = how.interval(samples[k])
-        p = bootstrap_p(samples[k])
-        means = [np.mean([q[k][0] for q in part]) for part in (points[: len(a)], points[len(a) :])]
-        rows.append(
-            dict(
-                metric=k,
-                a=means[0],
-                b=means[1],
-                difference=v,
-                lo=lo,
-                hi=hi,
-                p=p,
-                n=len(cases[0].y),
-                n_units=cases[0].n_units,
-                n_boot=used,
-            )
-        )
+    values, samples = sampled(cases, how, metrics, progress)
+    side = lambda k, at: (values[k][at], samples[k][at])
+    about = dict(n=len(cases[0].y), n_units=cases[0].n_units, n_runs=min(len(a), len(b)))
+    rows = [
+        dict(metric=k)
+        | estimated_difference(side(k, slice(None, len(a))), side(k, slice(len(a), None)), cases[0].n_carrying(k), how)
+        | about
+        for k in values
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05_metrics.ipynb #ada2fad1
@@ -635,11 +704,11 @@ def roc_points(positive, score, w):  # (N,) bool; (N,); (N,B)
 
 
 def pr_points(positive, score, w):  # (N,) bool; (N,); (N,B)
-    "Recall and precision, each (T,B), from the strictest threshold to the loosest; precision NaN while nothing is taken."
+    "Recall and precision, each (T,B), from the strictest threshold to the loosest; precision NaN while nothing is taken, both where a resample lacks the class."
     order = np.argsort(-score, kind='stable')
     threshold = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
     hits, taken = running_sum(w[order] * positive[order, None])[threshold], running_sum(w[order])[threshold]
-    return _share(hits, hits[-1]), _share(hits, taken)
+    return _share(hits, hits[-1]), np.where(hits[-1] > 0, _share(hits, taken), np.nan)
 
 # %% ../../nbs/05_metrics.ipynb #ad5437c4
 BAND = Resampling(500)  # a band needs fewer resamples than a table
