@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'Cases', 'read_cases',
-           'pool_folds', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict', 'run_variance',
-           'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate', 'bootstrap',
-           'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points', 'pr_points',
-           'curve_band']
+           'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict',
+           'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate',
+           'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
+           'pr_points', 'curve_band']
 
 # %% ../../nbs/05_metrics.ipynb #259f4329
 import sys
@@ -407,7 +407,7 @@ def pool_folds(
     )
 
 
-def _aligned(frames, unit, leaky):
+def aligned(frames, unit: str, leaky: bool = False) -> list:  # of `Cases`
     "Cases of every frame, on the same images in the same units with the same labels."
     cases = [read_cases(f, unit, run=f.attrs.get('run', f'frame {i}'), leaky=leaky) for i, f in enumerate(frames)]
     if not cases:
@@ -591,7 +591,7 @@ def evaluate(
 ) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, n_units, n_effective, n_seeds, sd_seeds
     "Metrics averaged over seeds, each with its interval over patients and, of several seeds, training runs."
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    cases = _aligned(frames, how.unit, leaky)
+    cases = aligned(frames, how.unit, leaky)
     first, (values, samples) = cases[0], sampled(cases, how, metrics, progress)
     rows = [
         dict(metric=k)
@@ -625,7 +625,7 @@ def bootstrap_difference(
 ):  # metric, a, b, difference, lo, hi, p, se, df, n_boot, n, n_units, n_runs (of the method that has fewer)
     "A minus B on the same resampled patients; with several seeds on both sides, training runs count too."
     a, b = ([x] if isinstance(x, pd.DataFrame) else list(x) for x in (a, b))
-    cases = _aligned(a + b, how.unit, leaky)
+    cases = aligned(a + b, how.unit, leaky)
     values, samples = sampled(cases, how, metrics, progress)
     side = lambda k, at: (values[k][at], samples[k][at])
     about = dict(n=len(cases[0].y), n_units=cases[0].n_units, n_runs=min(len(a), len(b)))

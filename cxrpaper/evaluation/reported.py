@@ -26,7 +26,8 @@ def made_tables(study) -> list:  # names of the tables that a study makes
 
 
 def study_names() -> set:  # of the study files of this project
-    return {yaml.safe_load(f.read_text())['name'] for f in sorted((project_root() / 'config').glob('*.yaml'))}
+    files = (yaml.safe_load(f.read_text()) for f in sorted((project_root() / 'config').glob('*.yaml')))
+    return {f['name'] for f in files if 'name' in f}  # the analysis plan has none
 
 # %% ../../nbs/appendix/evaluation/reported.ipynb #6004abbc
 def numbers(

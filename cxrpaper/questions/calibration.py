@@ -23,7 +23,7 @@ from cxrpaper.evaluation.metrics import (
     DEFAULT,
     Cases,
     Resampling,
-    _aligned,
+    aligned,
     check_predictions,
     probabilities,
     read_cases,
@@ -438,7 +438,7 @@ def calibration_difference(
     leaky: bool = False,
 ) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, n, n_units
     "A minus B on the same resampled patients: proper scores, accuracy, debiased squared calibration errors."
-    ca, cb = _aligned([a, b], how.unit, leaky)
+    ca, cb = aligned([a, b], how.unit, leaky)
     sizes = np.bincount(ca.unit, minlength=ca.n_units)
     va, vb = (losses(c.y, c.p) | dict(accuracy=(c.p.argmax(1) == c.y).astype(float)) for c in (ca, cb))
     per = np.array([np.bincount(ca.unit, va[k] - vb[k], ca.n_units) for k in va])

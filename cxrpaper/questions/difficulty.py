@@ -21,7 +21,7 @@ from scipy import stats
 from ..evaluation.comparisons import agreement_ceiling, panel_ceiling
 from cxrpaper.evaluation.metrics import (
     Resampling,
-    _aligned,
+    aligned,
     auc,
     auc_between,
     bootstrap_p,
@@ -95,7 +95,7 @@ def ceilings() -> pd.DataFrame:  # metric, value, meaning, caveat
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #f7dcbe40
 def _cases(frames, unit, leaky):
-    return _aligned([frames] if isinstance(frames, pd.DataFrame) else list(frames), unit, leaky)
+    return aligned([frames] if isinstance(frames, pd.DataFrame) else list(frames), unit, leaky)
 
 
 def _units(c, of) -> int:  # units that have an image among `of`
@@ -305,7 +305,7 @@ def noise_cases(
 ) -> tuple:  # images (N,), labels (N,), calibrated probabilities (N,4), unit of each (N,)
     "Out-of-fold probabilities, scaled on the validation rows where there are any, averaged over seeds; one row per image."
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    cases = _aligned([calibrated(check_predictions(f, leaky=leaky), leaky) for f in frames], unit, leaky)
+    cases = aligned([calibrated(check_predictions(f, leaky=leaky), leaky) for f in frames], unit, leaky)
     c = cases[0]
     p = np.mean([k.p for k in cases], 0)
     return c.image, c.y, p / p.sum(1, keepdims=True), c.unit
