@@ -26,7 +26,7 @@ export UV_HTTP_TIMEOUT := 300
 # where it is set, every process compiles PyTorch and the rest from source: cxrpaper.training.finetune then takes 22 s of CPU to import instead of 9
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help paper plan measure verify test lab readme lock bench clean
+.PHONY: help paper plan measure verify reproduce test lab readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -43,6 +43,9 @@ measure: .venv/installed ## time each kind of training of the study on this mach
 
 verify: .venv/installed ## recompute every table and figure from the saved runs; fails if figures/ differs
 	@$(BIN)/cxr_verify config/$(PROFILE).yaml
+
+reproduce: .venv/installed ## after make paper: the tables made here against the committed ones, cell by cell; fails if more lie outside than training again explains
+	@$(BIN)/cxr_reproduce config/$(PROFILE).yaml
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite

@@ -43,7 +43,7 @@ STUDY = dict(
     moco=dict(epochs=1, pretrain='none', batch_size=8, queue=32),
     inpainting=dict(epochs=1, pretrain='none', batch_size=8),
     table4=[SINGLE, SINGLE | dict(pretrain='moco')],
-    table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[0.5], draws=[0]),
+    table6=dict(rows=[SINGLE | dict(pretrain='inpainting', freeze=True)], fractions=[0.5, 1.0], draws=[0]),
     readiness=dict(
         rows=[SINGLE, SINGLE | dict(multitask=True)],
         splits=['image'],

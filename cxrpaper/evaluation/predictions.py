@@ -50,7 +50,7 @@ def label_frames(
     "The same with a share of the labels, draw by draw."
     runs = label_runs(study, row, fraction)
     return [
-        pool_folds([load_predictions(r) for r, p in runs.items() if p['draw'] == d]) for d in study['table6']['draws']
+        pool_folds([load_predictions(r) for r, p in runs.items() if p['seed'] == d]) for d in study['table6']['draws']
     ]
 
 # %% ../../nbs/appendix/evaluation/predictions.ipynb #1af48629

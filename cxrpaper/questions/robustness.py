@@ -367,7 +367,7 @@ def drop_verdict(drop: pd.DataFrame) -> str:  # from `external_drop`
     r = drop[drop.name == 'drop'].iloc[0]
     if np.isnan(r.lo):
         return f'external macro AUC: {TOO_FEW}'
-    return f"{'drop found' if r.lo > 0 else 'no drop is shown'}: macro AUC {r.value:+.3f} lower outside ({r.lo:+.3f} to {r.hi:+.3f}), {r.n} images of {r.n_patients} patients"
+    return f"{'drop found' if r.lo > 0 else 'no drop is shown'}: macro AUC inside minus outside {r.value:+.3f} ({r.lo:+.3f} to {r.hi:+.3f}), {r.n} images of {r.n_patients} patients"
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #189ee140
 def external_evaluation(

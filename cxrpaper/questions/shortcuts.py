@@ -61,6 +61,7 @@ def judge(
 ) -> pd.DataFrame:  # COLUMNS; p adjusted by Holm, intervals at the level that Holm gives each test
     "Verdicts of a family of tests."
     p = np.array([bootstrap_p(s, than) for _, s, _ in tests.values()])
+    defined = int((~np.isnan(p)).sum())  # what could not be tested takes nothing from the others
     rank, rows, open_ = (
         np.argsort(np.argsort(np.nan_to_num(p, nan=2.0), kind='stable'), kind='stable'),
         [None] * len(p),
@@ -68,7 +69,7 @@ def judge(
     )
     for i in np.argsort(rank):
         name, (value, s, n) = list(tests)[i], list(tests.values())[i]
-        lo, hi, _ = percentile_interval(s, 1 - alpha / (len(p) - rank[i]))
+        lo, hi, _ = percentile_interval(s, 1 - alpha / max(defined - rank[i], 1))
         said = verdict(value, lo, hi, than, enough)
         open_ &= lo > than or hi < than
         if said == 'found' and not open_:
