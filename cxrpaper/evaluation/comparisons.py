@@ -202,7 +202,7 @@ def smallest_difference(
         se = float(a)
     else:
         r = bootstrap_difference(a, b, how, metrics=[metric], leaky=leaky).iloc[0]
-        d, se = float(r.difference), float(r.hi - r.lo) / (2 * stats.norm.ppf((1 + how.level) / 2))
+        d, se, df = float(r.difference), float(r.se), float(r.df)
     if not se >= 0:
         raise InputError('no standard error', field=metric, hint='give more patients: too many resamples lack a class')
     return dict(
