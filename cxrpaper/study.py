@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'phantom_root', 'read_study', 'check_tables', 'check_readiness', 'evaluated_rows', 'leaking_rows', 'all_rows',
-           'run_name', 'pretraining_runs', 'pretraining_run', 'row_params', 'row_runs', 'label_runs', 'row_title',
-           'pretrain_title', 'grid', 'papermill_yaml']
+           'run_name', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'row_params', 'row_runs',
+           'label_runs', 'row_title', 'pretrain_title', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import yaml
@@ -107,12 +107,12 @@ def check_tables(study, file):
             field='pretraining',
             hint='say which corpus they are pre-trained on',
         )
-    if own and sorted(study['pretraining']) != ['adapter', 'data_root', 'phantom']:
+    if own and set(study['pretraining']) - {'seeds'} != {'adapter', 'data_root', 'phantom'}:
         raise InputError(
             f'the keys are {", ".join(study["pretraining"])}',
             file=file,
             field='pretraining',
-            hint='give phantom, data_root and adapter',
+            hint='give phantom, data_root and adapter, and seeds for more than one pre-training of each method',
         )
 
 
@@ -174,26 +174,37 @@ def run_name(
 def pretraining_runs(
     study: dict,  # from `read_study`
 ) -> dict:  # run folder -> (method, parameters of its notebook 03_*)
-    "Every pre-training that the rows of a study start from: one for each method and architecture, on a corpus from which everything labelled is excluded."
+    "Every pre-training that the rows of a study start from: `pretraining.seeds` for each method and architecture, on a corpus from which everything labelled is excluded."
     pairs = dict.fromkeys((r['pretrain'], r['arch']) for r in all_rows(study) if r['pretrain'] in our_methods())
     base = {k: study[k] for k in ('profile', 'px', 'n_folds')} | dict(
-        labelled_root=study['data_root'], labelled_adapter=study['adapter'], fold=None, seed=study['seeds'][0]
+        labelled_root=study['data_root'], labelled_adapter=study['adapter'], fold=None
     )
     return {
-        pretraining_run(study, m, a): (
+        pretraining_run(study, m, a, k): (
             m,
-            base | {k: study['pretraining'][k] for k in ('data_root', 'adapter')} | dict(arch=a) | study[m],
+            base | {k: study['pretraining'][k] for k in ('data_root', 'adapter')} | dict(arch=a, seed=s) | study[m],
         )
         for m, a in pairs
+        for k, s in enumerate(pretraining_seeds(study))
     }
 
 
-def pretraining_run(study, method, arch):
-    return f"runs/{study['name']}/{method}/{arch}"
+def pretraining_seeds(study) -> list:
+    "One where the study file names none."
+    return study['pretraining'].get('seeds', study['seeds'][:1])
 
 
-def row_params(study, row):  # parameters of 04_finetune that all runs of a row share
-    own = dict(weights=pretraining_run(study, row['pretrain'], row['arch'])) if row['pretrain'] in our_methods() else {}
+def pretraining_run(
+    study, method, arch, k: int = 0
+):  # k: which training run asks; they take turns with the pre-trainings
+    seeds = pretraining_seeds(study)
+    k %= len(seeds)
+    return f"runs/{study['name']}/{method}/{arch}" + (f'-seed{seeds[k]}' if k else '')
+
+
+def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the runs of a row share; k: which seed or draw
+    ours = row['pretrain'] in our_methods()
+    own = dict(weights=pretraining_run(study, row['pretrain'], row['arch'], k)) if ours else {}
     return {k: study[k] for k in ('profile', 'data_root', 'adapter', 'px', 'n_folds')} | own | study['finetune'] | row
 
 
@@ -203,8 +214,9 @@ def row_runs(
 ) -> dict:  # run folder -> parameters of 04_finetune
     "Every run of one row: folds x seeds."
     return {
-        f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=s)}": row_params(study, row) | dict(fold=f, seed=s)
-        for s in study['seeds']
+        f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=s)}": row_params(study, row, k)
+        | dict(fold=f, seed=s)
+        for k, s in enumerate(study['seeds'])
         for f in study['folds']
     }
 
@@ -219,9 +231,9 @@ def label_runs(
     if fraction == 1:
         return row_runs(study | dict(seeds=draws), row)
     return {
-        f"runs/{study['name']}/labels/{run_name(row, labels=fraction, fold=f, draw=d)}": row_params(study, row)
+        f"runs/{study['name']}/labels/{run_name(row, labels=fraction, fold=f, draw=d)}": row_params(study, row, k)
         | dict(label_fraction=fraction, fold=f, draw=d, seed=d)
-        for d in draws
+        for k, d in enumerate(draws)
         for f in study['folds']
     }
 

@@ -61,12 +61,17 @@ def stamp(study: dict) -> str:
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #cfe5426b
 def sample_text(study, frames) -> str:
-    "Sample sizes, folds, seeds and resampling in words."
+    "Sample sizes, folds, seeds and resampling in words; patients in all, of equal size (Kish), and of each class."
     f = frames[0]
+    size = f.groupby('group').size()
+    of_class = f.groupby('label').group.nunique().reindex(range(len(CLASSES)), fill_value=0)
     n = lambda k, word: f'{k} {word}{"s" * (k != 1)}'
+    runs = ' and training runs' if len(study['seeds']) > 1 else ''
     return (
-        f"{len(f):,} test images of {f.group.nunique():,} patients, {n(len(study['folds']), 'test fold')} of {study['n_folds']} (patient-disjoint), "
-        f"{n(len(study['seeds']), 'seed')}; brackets: 95 % interval from resampling patients."
+        f"{len(f):,} test images of {len(size):,} patients (worth {size.sum() ** 2 / (size**2).sum():,.0f} of equal size; "
+        f'with {", ".join(f"{c} {k}" for c, k in zip(CLASSES, of_class))}), '
+        f"{n(len(study['folds']), 'test fold')} of {study['n_folds']} (patient-disjoint), "
+        f"{n(len(study['seeds']), 'seed')}; brackets: 95 % interval over patients{runs}."
     )
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #9b2c2471
