@@ -111,7 +111,11 @@ def change(root, file, what):
 
 
 MOCO = {'moco/resnet10t', *(f'finetune/resnet10t-moco-fold{f}-seed0' for f in (0, 1))}
-LABELS = {f'labels/resnet10t-freeze-inpainting-labels0.5-fold{f}-draw0' for f in (0, 1)}
+LABELS = {  # all labels are runs like those of the other tables
+    f'{kind}/resnet10t-freeze-inpainting-{more}'
+    for f in (0, 1)
+    for kind, more in (('labels', f'labels0.5-fold{f}-draw0'), ('finetune', f'fold{f}-seed0'))
+}
 SCRATCH = {
     f'finetune/resnet10t-{r}-fold{f}-seed0' for f in (0, 1) for r in ('none', 'multitask-none', 'none-split_byimage')
 }
