@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFERENCES', 'as_seeds', 'read_seeds', 'once', 'evaluate_seeds', 'evaluate_mask_seeds', 'differences', 'corrected',
-           'evaluated', 'mask_runs']
+           'evaluated', 'mask_runs', 'other_counts']
 
 # %% ../../nbs/appendix/evaluation/rows.ipynb #ea7e9d49
 import numpy as np
@@ -17,6 +17,8 @@ from cxrpaper.evaluation.metrics import (
     aligned,
     estimated_difference,
     evaluate,
+    point_metrics,
+    probabilities,
     read_cases,
     run_variance,
     sampled,
@@ -132,3 +134,18 @@ def mask_runs(study, row, name='segmentation'):  # one list per seed of MaskScor
     "The mask scores of a row; `name='prior'`: those of the box prior on the same folds."
     runs = row_runs(study, row)
     return [[load_mask_scores(resolve(r) / name) for r, p in runs.items() if p['seed'] == s] for s in study['seeds']]
+
+# %% ../../nbs/appendix/evaluation/rows.ipynb #d5663a0a
+def other_counts(
+    frames: list,  # predictions of a row, one frame per seed
+    metric: str = 'auc_macro',
+) -> dict:  # pooled, within folds, one vote a patient; means over seeds
+    "The same predictions counted in other ways."
+    out = []
+    for df in frames:
+        t = df[df.split == 'test']
+        size = t.groupby('group').image.transform('size')
+        of = lambda d, w=None: point_metrics(d.label.to_numpy(), probabilities(d), w)[metric]
+        folds = [of(d) for _, d in t.groupby('fold')]
+        out.append({'pooled': of(t), 'within folds': np.mean(folds), 'one vote a patient': of(t, 1 / size)})
+    return {k: float(np.mean([o[k] for o in out])) for k in out[0]}

@@ -6,7 +6,8 @@
 __all__ = ['CONTROLS', 'PLAN', 'MASK_COLUMNS', 'MASK_BY_CLASS', 'needed_runs', 'missing_runs', 'cohort_table', 'backbone_table',
            'multitask_verdict', 'multitask_table', 'compared_with', 'against_controls', 'against', 'pretrainings_of',
            'pretraining_table', 'started', 'pretraining_verdict', 'asked', 'class_table', 'class_differences',
-           'label_title', 'label_pairs', 'label_evaluations', 'label_table', 'reached', 'label_verdict', 'label_cells']
+           'counted_otherwise', 'label_title', 'label_pairs', 'label_evaluations', 'label_table', 'reached',
+           'label_verdict', 'label_cells']
 
 # %% ../../nbs/06_tables.ipynb #ce164dba
 import numpy as np
@@ -18,7 +19,14 @@ from ..evaluation.metrics import DEFAULT, Resampling, Verdict, evaluate
 from ..evaluation.plan import Plan, claim, handed_on, no_worse, read_plan, said, shortage
 from ..evaluation.predictions import baseline_frame, baseline_path, label_frames, row_frames
 from ..evaluation.report import BASELINE_NAMES, BY_CLASS, MAIN, cell, wide
-from ..evaluation.rows import differences, evaluate_mask_seeds, evaluate_seeds, evaluated, mask_runs
+from cxrpaper.evaluation.rows import (
+    differences,
+    evaluate_mask_seeds,
+    evaluate_seeds,
+    evaluated,
+    mask_runs,
+    other_counts,
+)
 from ..runs import InputError, load_run, resolve, show_path
 from ..schema import CLASSES, our_methods
 from ..study import evaluated_rows, grid, label_runs, pretrain_title, pretraining_runs, row_runs, row_title
@@ -224,15 +232,13 @@ def asked(diffs, plan) -> pd.DataFrame:
     return diffs[(diffs.metric == plan.metric) & (diffs.question == 'ImageNet') & ~diffs.row.str.contains('multi-task')]
 
 # %% ../../nbs/06_tables.ipynb #9e9a25c3
-def class_table(
-    study: dict, how: Resampling = DEFAULT
-) -> tuple:  # (every metric, differences, frames of the first row)
+def class_table(study: dict, how: Resampling = DEFAULT) -> tuple:  # (every metric, differences, title -> frames)
     "The numbers of Table 5."
     rows = {pretrain_title(r): r for r in evaluated_rows(study)}
     frames, long = evaluated(study, rows, how)
     first, *others = rows
     d = differences(frames, [(k, first, 'first row') for k in others], how, together=('auc_macro', *BY_CLASS))
-    return long, d, frames[first]
+    return long, d, frames
 
 
 def class_differences(diffs, metrics=('auc_macro', *BY_CLASS)) -> pd.DataFrame:
@@ -249,6 +255,13 @@ def class_differences(diffs, metrics=('auc_macro', *BY_CLASS)) -> pd.DataFrame:
             }
             for r in d.itertuples()
         ]
+    )
+
+
+def counted_otherwise(frames: dict) -> pd.DataFrame:  # title -> one frame per seed
+    "Macro AUC of each row, counted in three ways."
+    return pd.DataFrame(
+        [{'macro AUC': k} | {w: f'{v:.3f}' for w, v in other_counts(f).items()} for k, f in frames.items()]
     )
 
 # %% ../../nbs/06_tables.ipynb #3038d64d
