@@ -305,7 +305,7 @@ def commit_folder(tmp, path):
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #51613148
 @contextmanager
 def atomic_dir(
     path,  # the final folder; missing parent folders are made
@@ -376,7 +376,7 @@ def _git(*args):
     r = subprocess.run(['git', '-C', str(project_root()), *args], capture_output=True, text=True)
     return r.stdout.strip() if r.returncode == 0 else None
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #5dfeac46
 def provenance(
     code: str = 'runs',  # the module whose work it is
     **extra,  # what the caller knows: run, seed, inputs, spent, ...
@@ -470,7 +470,7 @@ def _package_imports(
                     found[a.asname or a.name] = (a.name[len('cxrpaper.') :], None)
     return found
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #dc7bf60a
 def _is_module(name):
     return (Path(cxrpaper.__file__).parent / f"{name.replace('.', '/')}.py").exists()
 
@@ -488,7 +488,7 @@ def _binds(node):
         ]
     return []
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #d88f4618
 @functools.lru_cache(maxsize=None)
 def _statements(file, stamp):  # the time of its last change is part of the key
     "[(names it binds, names it mentions, its imports from this package, its text)] of the top-level statements of a module."
@@ -534,7 +534,7 @@ def code_parts(
             todo.append(imported[name])  # handed on
     return {m: [p[i] for i in sorted(p)] for m, p in sorted(parts.items())}
 
-
+# %% ../nbs/appendix/machine/runs.ipynb #bd44951b
 def code_modules(module: str) -> list:  # sorted names, itself included
     "The modules of this package of which `module` uses something."
     return list(code_parts(module))

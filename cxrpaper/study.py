@@ -115,7 +115,7 @@ def check_tables(study, file):
             hint='give phantom, data_root and adapter, and seeds for more than one pre-training of each method',
         )
 
-
+# %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 def check_readiness(r, file):
     "InputError for an evaluation that could not be made."
     if sorted(r) != ['external', 'rows', 'splits']:
@@ -201,7 +201,7 @@ def pretraining_run(
     k %= len(seeds)
     return f"runs/{study['name']}/{method}/{arch}" + (f'-seed{seeds[k]}' if k else '')
 
-
+# %% ../nbs/appendix/machine/study.ipynb #888e626d
 def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the runs of a row share; k: which seed or draw
     ours = row['pretrain'] in our_methods()
     own = dict(weights=pretraining_run(study, row['pretrain'], row['arch'], k)) if ours else {}
@@ -220,7 +220,7 @@ def row_runs(
         for f in study['folds']
     }
 
-
+# %% ../nbs/appendix/machine/study.ipynb #14a54d60
 def label_runs(
     study: dict,  # from `read_study`
     row: dict,  # of Table 6

@@ -78,7 +78,7 @@ def _is_dicom(head: bytes):  # the first 132 bytes or more
     "Do these bytes start a DICOM file, with or without preamble?"
     return head[128:132] == b'DICM' or head[:2] in (b'\2\0', b'\0\2', b'\x08\0', b'\0\x08')
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #9e43ed81
 def _open(
     path,
 ):  # -> (elements before the pixel data, dict of pixel element: name, vr, length, start; {} where there is none)
@@ -112,7 +112,7 @@ def _open(
 # %% ../../nbs/appendix/data/dicom.ipynb #2cf9c4a9
 REQUIRED = 'Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation'.split()
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #06c0ecb9
 def _check_elements(ds, path):
     "One gray frame of 8 to 16 bits whose elements are there and agree, or a DicomError."
     if missing := [k for k in REQUIRED if ds.get(k) in (None, '')]:
@@ -168,7 +168,7 @@ GUESS = {
     (False, False): uid.ExplicitVRBigEndian,
 }
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #7539cfa1
 def _check_pixel_data(ds, pixels, path):
     "The transfer syntax is there or guessed safely, and the file holds all the pixel data it promises; or a DicomError."
     if pixels.get('name') != 'PixelData':
@@ -665,7 +665,7 @@ def _alone(f, file):
                 hint='leave the file out: it crashes the decoder or fills the memory',
             )
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #0fcd9e47
 def _pass(f, todo, workers):  # yields (file, f(file)); returns the files that were open when a process died
     "Work off `todo` with one pool of processes, as long as that lives."
     with ProcessPoolExecutor(workers, mp_context=_processes()) as pool:
@@ -712,7 +712,7 @@ def _complaint(path):
     except DicomError as e:
         return e.stage, e.error, e.hint
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #8df626d5
 def verify_tree(
     root,  # folder
     pattern: str = '**/*.dcm',  # of the files below it

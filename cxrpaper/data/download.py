@@ -30,6 +30,8 @@ from ..schema import CLASSES
 
 # %% ../../nbs/appendix/data/download.ipynb #bdf2096f
 GB = 10**9
+
+# %% ../../nbs/appendix/data/download.ipynb #010a2c72
 CORPORA = dict(
     siim=dict(
         title='SIIM-FISABIO-RSNA COVID-19',
@@ -96,7 +98,7 @@ def disk_needed(
         raise InputError(f'{corpus!r} is not known', field='corpus', hint=f'give {", ".join(CORPORA)}')
     return {k: max(v - have * (k == 'archive'), 0) for k, v in CORPORA[corpus]['bytes'].items()}
 
-
+# %% ../../nbs/appendix/data/download.ipynb #67b820f4
 def check_room(
     parts: dict,  # folder -> bytes; folders on one disk are added up
 ) -> dict:  # folder -> free bytes
@@ -135,7 +137,7 @@ def kaggle_fault(
         )
     return f'the download broke off ({last})', 'run this again: it goes on where it stopped'
 
-
+# %% ../../nbs/appendix/data/download.ipynb #bc36caba
 def run_kaggle(
     folder: Path,
     competition: str,
@@ -185,7 +187,7 @@ def is_member(
             crc = zlib.crc32(block, crc)
     return crc == info.CRC
 
-
+# %% ../../nbs/appendix/data/download.ipynb #714a64b6
 def members(
     archive: Path,
     wanted=('train/', 'train_study_level.csv', 'train_image_level.csv'),  # starts of their names
@@ -288,7 +290,7 @@ def table_content(
 def _row(check, expected, found, ok, hint=''):
     return dict(check=check, expected=str(expected), found=str(found), ok=bool(ok), hint='' if ok else hint)
 
-
+# %% ../../nbs/appendix/data/download.ipynb #2db41864
 def check_table(
     file: Path,
     published: tuple,  # SHA-256 of the file and of its content
@@ -331,7 +333,7 @@ def survey_siim(root: Path) -> tuple:  # counts, keys that the tables list, key 
         found.setdefault(f'{f.relative_to(root / "train").parts[0]}/{f.stem}', []).append(f)
     return counts, list(table.study + '/' + table.image), found
 
-
+# %% ../../nbs/appendix/data/download.ipynb #4d04f371
 def survey_chestxray14(root: Path) -> tuple:
     "ChestX-ray14: a file is known by its name, in whichever of the folders it lies."
     t = read_rows(next(iter(sorted(root.glob('Data_Entry_2017*.csv'))), root / 'Data_Entry_2017.csv'))
@@ -421,7 +423,7 @@ def whole_picture(
         )
     return dict(height=height, width=width)
 
-
+# %% ../../nbs/appendix/data/download.ipynb #fedb1c98
 def read_each(read, files: list, workers: int = 4, progress: bool = False) -> tuple:  # what was read, errors
     "`read` of every file in threads; errors are values."
 
@@ -449,7 +451,7 @@ def read_each(read, files: list, workers: int = 4, progress: bool = False) -> tu
 # %% ../../nbs/appendix/data/download.ipynb #391b5156
 SURVEYS = dict(siim=survey_siim, chestxray14=survey_chestxray14, chexpert=survey_chexpert)
 
-
+# %% ../../nbs/appendix/data/download.ipynb #886edc23
 def verify_corpus(
     root,
     corpus: str = 'siim',

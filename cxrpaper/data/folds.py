@@ -125,7 +125,7 @@ def hash_file(
     except InputError as e:
         return e
 
-
+# %% ../../nbs/appendix/data/folds.ipynb #7bad9951
 def hash_cohort(
     cohort: Cohort, workers: int = 2, progress: bool = False
 ) -> np.ndarray:  # (n, 13) uint64, in the order of cohort.images

@@ -98,7 +98,7 @@ RANGES = dict(
     subgroup_gap=(0, 1),
 )
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #2c444cf1
 def check_config(c: PhantomConfig):  # raises InputError naming the field
     "Every field has its type and lies in its range."
     for f in fields(c):
@@ -874,6 +874,8 @@ PATTERNS = {
         'cavity': 0.06,
     },
 }
+
+# %% ../../nbs/appendix/data/phantom.ipynb #25ebecb9
 DRAW = {
     'consolidation': consolidation,
     'effusion': effusion,
@@ -890,7 +892,7 @@ DRAW = {
     'upper': indeterminate,
 }
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #eeab64f6
 def finding(
     chest: Chest,
     r: np.random.Generator,
@@ -917,7 +919,7 @@ VENDORS = pd.DataFrame(
     )
 )
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #f81ed018
 def attenuation(
     chest: Chest, what: Finding, r: np.random.Generator, contrast: float = 1.0, devices: bool = True
 ) -> np.ndarray:  # (h,w) float32
@@ -1067,7 +1069,7 @@ class Exposure:
     vendor: int = 0
     site: int = -1  # -1: no mark
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #85cf4d6e
 def draw_radiograph(
     appearance: str = 'negative',
     seed: int = 0,  # of every random stream of the image
@@ -1139,6 +1141,8 @@ SIIM = dict(
     multi_image_studies=(53, 130, 42, 7),
     dropped=217,
 )
+
+# %% ../../nbs/appendix/data/phantom.ipynb #3f42ffd3
 STUDIES_A_PATIENT = {
     1: 2061,
     2: 599,
@@ -1163,7 +1167,7 @@ STUDIES_A_PATIENT = {
     25: 1,
 }  # counted in SIIM's tables
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #f986e9ac
 def quota(
     shares,  # relative shares
     n: int,  # how many to hand out
@@ -1552,7 +1556,7 @@ TRUTH = [
     'leak_of',
 ]
 
-
+# %% ../../nbs/appendix/data/phantom.ipynb #7ba64a6b
 def summary(c: PhantomConfig, truth: pd.DataFrame) -> dict:  # content of phantom.json
     "The configuration, what was planted, and counts."
     studies = truth.drop_duplicates('study')

@@ -48,7 +48,7 @@ HEADINGS = (
     'Atypical Appearance',
 )  # in the order of CLASSES
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #7f935a3b
 def read_study_labels(
     path,  # of train_study_level.csv
 ) -> pd.Series:  # study id -> index into CLASSES
@@ -323,7 +323,7 @@ def siim_labels(
     )
     return table, classes.reindex(table.study).values
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #3fcebdf3
 def _siim_cohort(images, table, root, name, rule):
     "Boxes into their frames, the rule applied, what happened noted."
     clipped = _in_frame(images, table)
@@ -411,7 +411,7 @@ def require_files(root, paths, table):  # table: the rows that name them, from `
 # %% ../../nbs/appendix/data/readers.ipynb #a90cf769
 OPACITIES = ('Atelectasis', 'Infiltrate', 'Mass', 'Nodule', 'Pneumonia')  # of the eight findings in BBox_List_2017.csv
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #0e52c6c7
 def read_chestxray14(
     root,  # folder with Data_Entry_2017.csv and images/ or images_001/images/, ...
 ) -> Cohort:  # unlabelled
@@ -686,7 +686,7 @@ NO_IMAGES = (
 )  # endings of files that are passed over
 NO_IMAGE = ('DICOMDIR', 'README', 'LICENSE', 'THUMBS.DB')  # and their whole names
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #71bb2d11
 def find_radiographs(
     root,  # folder
 ) -> list:  # paths, sorted
@@ -819,7 +819,7 @@ class Dataset:
     read: Callable  # (folder, **options) -> `Cohort`
     detect: Callable = lambda root: False  # folder or file -> whether it is this one; without it, it is named by hand
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #c8064d8d
 DATASETS = dict(  # in the order in which a folder is asked
     saved=Dataset('a saved cohort', load_cohort, holds('cohort.json')),
     real_cxr=Dataset('real_cxr', read_real_cxr, lambda root: holds('siim_format')(root) and holds('index.csv')(root)),
@@ -859,7 +859,7 @@ def which_adapter(
         hint=f"give the folder of one of these: {', '.join(d.title for d in DATASETS.values())}; radiographs without a table are read with adapter='folder'",
     )
 
-
+# %% ../../nbs/appendix/data/readers.ipynb #a784206c
 def read_cohort(
     root,  # folder of a corpus, or a csv file
     adapter: str = 'auto',  # 'auto', or a key of DATASETS

@@ -28,7 +28,7 @@ BASELINES = dict(
     metadata=['view', 'sex', 'age', 'detector', 'source', 'photometric', 'height', 'width'],
 )
 
-
+# %% ../../nbs/appendix/evaluation/baselines.ipynb #91c7dafd
 def baseline_features(
     images: pd.DataFrame,  # the cohort's table, one row per image
     kind: str,  # prior, size, view or metadata

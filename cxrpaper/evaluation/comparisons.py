@@ -135,7 +135,7 @@ def best_answer(
     )
     return -found.fun if found.success else np.nan
 
-
+# %% ../../nbs/appendix/evaluation/comparisons.ipynb #2c60ba68
 def panel_ceiling(
     agreement: float,  # share of images on which two readers agree
     unanimous: float,  # share on which three readers agree

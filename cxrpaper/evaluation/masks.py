@@ -88,7 +88,7 @@ def _box_counts(s, boxes):  # (n,px,px) uint8 steps; n arrays (k,4) -> (M,STEPS)
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900015
 _IDENTITY = dict(image=str, study=str, patient=str, group=str, fold=int, split=str, label=int)
 
-
+# %% ../../nbs/appendix/evaluation/masks.ipynb #67eeb9fc
 def score_masks(
     logits,  # (N,px,px) float: predicted mask logits
     masks,  # (N,px,px) uint8: truth, 0 or 1
@@ -154,7 +154,7 @@ def _check_masks(logits, masks, boxes, images):
                 'give one row per predicted mask, in the same order',
             )
 
-
+# %% ../../nbs/appendix/evaluation/masks.ipynb #dbaa928f
 def _check_values(logits, masks, boxes, images):
     "Are all values of these images in their range?"
     first = lambda ok: str(images.image[int(np.argmin(ok))])
@@ -368,7 +368,7 @@ def _check_run(run, name, leaky):
                 'split by patient (cohort.assign_folds), or say leaky=True where leakage is what is measured',
             )
 
-
+# %% ../../nbs/appendix/evaluation/masks.ipynb #1bcddca9
 def _judge(run, name):  # -> the test images of a run, and the same at its threshold
     val, test = run.of('val'), run.of('test')
     try:

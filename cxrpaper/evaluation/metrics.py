@@ -28,7 +28,7 @@ from ..schema import CLASSES, LOGITS
 # %% ../../nbs/05_metrics.ipynb #233b80da
 COLUMNS = ['image', 'study', 'patient', 'group', 'fold', 'split', 'label', *LOGITS]
 
-
+# %% ../../nbs/05_metrics.ipynb #5fb5df3c
 def simulate_predictions(
     n_patients: int = 400,  # at least 2
     seed: int = 0,
@@ -81,7 +81,7 @@ def check_predictions(
 def _first(df, bad):
     return ', '.join(map(str, df.image[bad].head(3))) + (f' and {bad.sum() - 3} more' if bad.sum() > 3 else '')
 
-
+# %% ../../nbs/05_metrics.ipynb #22cf2f89
 def _check_values(df, run):
     "Identifiers present, labels among the classes, logits finite."
     for c in ('image', 'study', 'patient', 'group', 'fold', 'split'):
@@ -406,7 +406,7 @@ def pool_folds(
         pd.concat([f[f.split == 'test'] for f in frames], ignore_index=True), 'pooled folds', leaky
     )
 
-
+# %% ../../nbs/05_metrics.ipynb #e629a4e1
 def aligned(frames, unit: str, leaky: bool = False) -> list:  # of `Cases`
     "Cases of every frame, on the same images in the same units with the same labels."
     cases = [read_cases(f, unit, run=f.attrs.get('run', f'frame {i}'), leaky=leaky) for i, f in enumerate(frames)]
@@ -561,7 +561,7 @@ def estimate(
         lo, hi = logit_interval(value, se, df, how.level)
     return dict(value=value, lo=lo, hi=hi, se=se, df=df, n_boot=used)
 
-
+# %% ../../nbs/05_metrics.ipynb #c45dff0c
 def estimated_difference(
     a: tuple,
     b: tuple,  # of A and B: (values (S,), samples (S,B))

@@ -31,7 +31,7 @@ class Plan:
         "What a question may spend: its share of alpha, and what the one before it has handed on."
         return self.alpha * self.questions[question] + handed
 
-
+# %% ../../nbs/appendix/evaluation/plan.ipynb #f7c21709
 def read_plan(path='config/plan.yaml') -> Plan:
     "The checked plan; InputError for an unknown, missing or wrong value."
     rules = dict(
@@ -117,7 +117,7 @@ def claim(r, plan: Plan, level: float) -> Verdict:
     no_better = stats.t.cdf((r.value - plan.margin) / r.se, r.df) if r.se > 0 else float(r.value >= plan.margin)
     return Verdict.EQUIVALENT if max(no_worse(r, plan.margin), no_better) <= level else Verdict.INCONCLUSIVE
 
-
+# %% ../../nbs/appendix/evaluation/plan.ipynb #4e645d76
 def said(r, plan: Plan, level: float) -> str:
     "The claim in words, with the numbers where there is none."
     word = claim(r, plan, level)

@@ -172,7 +172,7 @@ STYLE = {
     'savefig.pad_inches': 0.03,
 }
 
-
+# %% ../../nbs/appendix/evaluation/report.ipynb #88061e3c
 def tell_apart(ax):  # axes on which something is labelled with a class, such as 'typical (n = 9)'
     "Give the curves and points of a class, drawn in its colour, its line and marker too."
     for c in CLASSES:

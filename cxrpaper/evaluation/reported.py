@@ -101,7 +101,7 @@ def read_reported(
     out.attrs = dict(file=show_path(path), others=int((~mine).sum()))
     return out
 
-
+# %% ../../nbs/appendix/evaluation/reported.ipynb #35f4f49d
 def read_lines(path) -> pd.DataFrame:  # COLUMNS as text, line
     "The lines of the file; none where it holds its header only."
     file = resolve(path)
@@ -140,7 +140,7 @@ def beside(
         ]
     )
 
-
+# %% ../../nbs/appendix/evaluation/reported.ipynb #b30c2f5d
 def find_number(r, table, have, file):  # a line, its table, `numbers`, the file's name -> value, lo, hi
     "Our number for a reported one."
     for k in KEY:
@@ -170,7 +170,7 @@ def lies_within(value, o) -> str:  # o: lo, hi
 # %% ../../nbs/appendix/evaluation/reported.ipynb #76ad6d31
 BESIDE = '**Beside reported numbers** (config/reported.csv). Within: the reported value lies in our 95 % interval.'
 
-
+# %% ../../nbs/appendix/evaluation/reported.ipynb #51926785
 def readable(
     b: pd.DataFrame,  # from `beside`, not empty
 ) -> pd.DataFrame:  # text

@@ -66,7 +66,7 @@ def evaluate_mask_seeds(
 # %% ../../nbs/appendix/evaluation/rows.ipynb #81b988dc
 DIFFERENCES = 'row than question metric a b value lo hi p p_adjusted se df n n_units n_runs n_boot'.split()
 
-
+# %% ../../nbs/appendix/evaluation/rows.ipynb #44d4707a
 def differences(
     frames: dict,  # row -> one frame per seed
     pairs: list,  # (row, row to compare with, question)
@@ -97,7 +97,7 @@ def differences(
     out['p_adjusted'] = corrected(out, np.array(changes), spread, keys, how)
     return out[DIFFERENCES]
 
-
+# %% ../../nbs/appendix/evaluation/rows.ipynb #ba3e3241
 def corrected(out, changes, spread, keys, how) -> np.ndarray:  # keys: the family of each row
     "Adjusted p of each row, never below its own p."
     p = np.full(len(out), np.nan)

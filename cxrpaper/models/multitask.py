@@ -194,7 +194,7 @@ def exchange(
 # %% ../../nbs/appendix/models/multitask.ipynb #3ac40c99
 MASKS = ('true', 'presence', 'shuffled', 'mirrored')
 
-
+# %% ../../nbs/appendix/models/multitask.ipynb #8880cf6c
 class SegmentationTargets:
     "What the decoder is taught: masks of the store, read by rows, under one of the controls."
 

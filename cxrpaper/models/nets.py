@@ -96,7 +96,7 @@ def check_forward(
     finally:
         model.train(training)
 
-
+# %% ../../nbs/02_models.ipynb #88b81693
 def check_arch(
     arch: str,  # a timm architecture
     px: int = 128,  # side of the image in pixels

@@ -46,7 +46,7 @@ _LITE0_INSIDE = {
 }
 _LITE0_FIRST = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #934c39fb
 def lite0_to_timm(
     key: str,  # a name in the packaged checkpoint, such as `_blocks.3._bn1.bias`
 ) -> str:  # timm's name, such as `blocks.2.0.bn2.bias`
@@ -199,7 +199,7 @@ def download(
 def _plain(key):
     return key.replace('.', '_')  # features_only flattens some names: features.conv0 -> features_conv0
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #5ffdf1b1
 def fit_weights(
     model: nn.Module,  # a timm network, or a part of one
     state: dict,  # name -> tensor, names as in timm
@@ -290,7 +290,7 @@ def load_weights(
     _set_statistics(getattr(model, 'encoder', model), notes)
     return notes
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #54c27683
 def _same_arch(encoder, notes, path):
     "InputError where the file says that it holds another architecture."
     if notes.get('arch', '') not in ('', getattr(encoder, 'arch', '')):
@@ -346,7 +346,7 @@ def _query(state, file):
         {k.split('.')[0] for k in others}
     )
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #695eb8bd
 def _unprefixed(state, known, file):
     "The names without what wrappers put before them; `known`: the network's own names, which stay."
     for _ in range(4):  # wrappers in wrappers
@@ -498,7 +498,7 @@ def _load_published(
     encoder.statistics = statistics or (MOCO_CXR if layout == 'moco' else input_statistics(encoder.arch))
     return dict(source=shown, sha256=file_digest(file), unused=unused, layout=layout)
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #16727eae
 def _checked(statistics):
     "None, or a mean and a positive standard deviation."
     if statistics is None:
@@ -549,7 +549,7 @@ def run_weights(
         hint=f'check the name, or run nbs/03_{pretrain}.ipynb with arch={arch} first',
     )
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #9092b1db
 _FILES = {'.safetensors', '.pth', '.pt', '.bin', '.tar'}
 
 # %% ../../nbs/appendix/models/weights.ipynb #17d3654c
@@ -578,7 +578,7 @@ def _refusal(file, ok):
         return 'has a provenance.json that cannot be read'
     return f'is refused: {said}' if isinstance(said, str) else '' if said else 'is refused by the rule given'
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #34c83611
 def _allowed(file, ok):
     "`file`, verified; InputError where `ok` refuses its run."
     if not file.is_file():
@@ -668,7 +668,7 @@ def model_card(
         ]
     )
 
-
+# %% ../../nbs/appendix/models/weights.ipynb #a6deba39
 _LATER = ('Input', 'Normalisation', 'Licence', 'Limits', 'SHA-256 of weights.safetensors')
 
 # %% ../../nbs/appendix/models/weights.ipynb #d05e3e44

@@ -45,7 +45,7 @@ def cohort_facts(study) -> dict:  # name, read, images, studies, patients, boxes
         digest=c.digest,
     )
 
-
+# %% ../../nbs/appendix/paper/diagram.ipynb #89723072
 def run_facts(study) -> dict:  # counts of runs
     "How many runs a study is made of."
     runs = list(grid(study))
@@ -146,7 +146,7 @@ def draw_box(ax, at, title, lines=(), kind='data', size=6.2):  # at: left, botto
         ax.text(x + w / 2, top - i * step, text, ha='center', va='center', fontsize=size)
     return x, y, x + w, y + h
 
-
+# %% ../../nbs/appendix/paper/diagram.ipynb #36356990
 def draw_arrow(ax, *points, colour='0.25', style='-|>', ls='-'):  # two points, or more for a path with corners
     "An arrow from the first point to the last."
     for a, b in zip(points[:-2], points[1:-1]):
@@ -200,7 +200,7 @@ def flow_boxes(c, r, m, study) -> list:  # facts of cohort, runs, models; (title
         ('Tables and figures', [f"{n(r['tables'], 'table')}, with provenance of each number"], 'result'),
     ]
 
-
+# %% ../../nbs/appendix/paper/diagram.ipynb #0fa15647
 def draw_flow(ax, c, r, m, study, width=2.32, top=4.66):
     "Panel a."
     boxes = flow_boxes(c, r, m, study)
@@ -285,7 +285,7 @@ def frame(ax, x0, y0, x1, y1):
         )
     )
 
-
+# %% ../../nbs/appendix/paper/diagram.ipynb #4ab7ec3e
 def draw_classifiers(ax, m, y=2.4, below=1.32):
     "Panel b, lower half: encoder, head, decoder."
     image = draw_map(ax, (column(0), y), (1, m['px']), m['px'], 'data', y + 0.47)
@@ -343,7 +343,7 @@ def draw_pretraining(ax, m, methods, top=3.0):  # top: of the encoder's frame
     if methods:
         ax.text(1.67, 3.16, 'weights', fontsize=6.2, ha='center', va='center', style='italic')
 
-
+# %% ../../nbs/appendix/paper/diagram.ipynb #d6951713
 def draw_models(ax, m, methods):
     "Panel b."
     draw_pretraining(ax, m, methods)

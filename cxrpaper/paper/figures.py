@@ -54,7 +54,7 @@ def draw_radiograph_with_boxes(
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-
+# %% ../../nbs/07_figures.ipynb #e8e8327f
 def figure_examples(cohort, n=4, seed=0):
     "Figure 2: `n` radiographs of each class with their boxes."
     rows = examples(cohort.images, n, seed)
@@ -184,7 +184,7 @@ def weight_sweep(study) -> list:  # [(weight, row)], the single-task row first, 
     ]
     return [(0.0, base)] + sorted(rows, key=lambda t: t[0])
 
-
+# %% ../../nbs/07_figures.ipynb #dbb0d7cd
 def figure_sweep(study, how: Resampling = DEFAULT):
     "Figure 13: macro AUC and Dice against the weight of the segmentation loss."
     rows = weight_sweep(study)
@@ -232,7 +232,7 @@ LOOKS = [  # colour, marker, line: told apart in gray and by the colour-blind
 ]
 PRETRAINED = {m.title: look for m, look in zip(METHODS.values(), cycle(LOOKS))}
 
-
+# %% ../../nbs/07_figures.ipynb #c5073950
 def figure_labels(
     long: pd.DataFrame,  # from `tables.label_evaluations`: row, labels, n_train, metric, value, lo, hi, n
 ):

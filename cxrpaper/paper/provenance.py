@@ -53,7 +53,7 @@ def execution(file) -> dict:  # notebook (its source), status, when, wall_s; Non
 # %% ../../nbs/appendix/paper/provenance.ipynb #5dfde8d2
 UNFINISHED = ('*.ipynb.tmp', '.*.ipynb')  # names of notebooks that a job has not moved into place
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #1343f109
 def executed(study) -> pd.DataFrame:  # job, path, notebook, status, when, wall_s, device; sorted by time
     "The executed notebooks of a study."
     home = resolve(f"runs/{study['name']}")
@@ -100,7 +100,7 @@ def wall(seconds) -> str:  # for people
         else f'{seconds / 3600:.1f} h'
     )
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #6eab3a29
 def jobs_table(jobs, at) -> str:  # HTML
     t = pd.DataFrame(
         {
@@ -118,7 +118,7 @@ def jobs_table(jobs, at) -> str:  # HTML
 def fold(summary, content) -> str:
     return f'<details><summary>{summary}</summary>\n\n{content}\n\n</details>'
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #f41380ab
 def index_html(
     jobs: pd.DataFrame,  # from `executed`
     at,
@@ -143,7 +143,7 @@ def order(name) -> tuple:  # table2 before table10, tables, then figures, then t
     m = re.fullmatch(r'(table|figure)(\d+)', name)
     return (('table', 'figure').index(m[1]), int(m[2]), name) if m else (2, 0, name)
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #75ca205c
 def artefacts(
     study,
 ) -> pd.DataFrame:  # name, folder, caption, files, runs, study, earlier (runs that have another key by now)
@@ -171,7 +171,7 @@ def artefacts(
         columns=['name', 'folder', 'caption', 'files', 'runs', 'study', 'earlier'],
     )
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #3d2a7ef5
 def made_by(name) -> str:  # path of the notebook below nbs/, '' where none writes it
     "Which notebook writes a table, figure or report: the one with the call in it."
     nbs = project_root() / 'nbs'
@@ -220,7 +220,7 @@ def runs_html(t, at) -> str:  # a row of `artefacts`
         else fold(n, table)
     )
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #3608c196
 def page_of(t, jobs, at) -> str:  # a row of `artefacts`; from `executed`; markdown
     "One table, figure or report: caption, content, links, notebook, runs."
     files = {Path(f).suffix[1:] if Path(f).stem == t.name else f: t.folder / f for f in t.files}
@@ -335,7 +335,7 @@ def matches(names: pd.Series, wanted: str, field: str) -> pd.Series:  # bool
         )
     return found
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #de2cd078
 def runs_of(df, r) -> list:  # the table; one of its lines
     "The runs that a line names; those of both rows where it is a difference, none where the table names none."
     if 'runs' not in df:
@@ -402,7 +402,7 @@ def origin(record: dict) -> list:  # from `run_record`: records of the runs that
     weights = (record.get('params') or {}).get('weights')
     return [run_record(str(Path(weights).parent) if weights.endswith('.safetensors') else weights)] if weights else []
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #fb8ee1d8
 def where(
     table, row=None, col=None, labels=None, than=None
 ) -> list:  # one dict a number: name, metric, value, lo, hi, n, seeds, runs (records)
@@ -446,7 +446,7 @@ def describe_run(r: dict, indent='  ') -> list:  # lines
         lines += [f'{indent}  starts from'] + describe_run(o, indent + '    ')
     return lines
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #23be6b71
 def where_text(found: list, table) -> str:  # found: from `where`
     "All of it in words; runs that several numbers share are told once."
     lines, told = [], set()
@@ -479,7 +479,7 @@ def where_text(found: list, table) -> str:  # found: from `where`
                 told.add(r['run'])
     return '\n'.join(lines)
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #95e6c460
 def where_command(argv=None):
     "Console script `cxr_where`: where a number comes from."
     a = argparse.ArgumentParser(
@@ -517,7 +517,7 @@ def pages(study: dict) -> list:  # file names in nbs/, in order
         *(['08_readiness', 'appendix/paper/reports'] if asked else []),
     ]
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #021c4c82
 def compare_folders(ours, other) -> pd.DataFrame:  # file, problem
     "Files of two folders, without their subfolders, that are not byte for byte the same."
     names = sorted(
@@ -539,7 +539,7 @@ def compare_folders(ours, other) -> pd.DataFrame:  # file, problem
             rows.append(dict(file=n, problem=problem))
     return pd.DataFrame(rows, columns=['file', 'problem'])
 
-
+# %% ../../nbs/appendix/paper/provenance.ipynb #aad08c49
 def verify(study_file, only=None, progress=True) -> pd.DataFrame:  # only: some of `pages`; file, problem
     "Recompute a study's tables and figures from its saved runs and compare them with its figures folder; nothing in it is changed."
     from papermill import execute_notebook

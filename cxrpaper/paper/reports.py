@@ -32,7 +32,7 @@ def one(parts, table, value='value', **where) -> str:
     r = pd.Series(dict(value=r[value], lo=r.get('lo'), hi=r.get('hi')), dtype=float)
     return cell(r)
 
-
+# %% ../../nbs/appendix/paper/reports.ipynb #4c97a63f
 def gather(study: dict, parts: dict) -> dict:  # tables of `read_parts` -> name: text
     "What the reports say of the evaluated model."
     row = evaluated_rows(study)[0]

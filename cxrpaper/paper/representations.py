@@ -37,7 +37,7 @@ def draw_loss(ax, method: str, history: pd.DataFrame):
         ax.legend()
     ax.set(title=NAMES[method], ylabel=title)
 
-
+# %% ../../nbs/appendix/paper/representations.ipynb #12f224ee
 def draw_curves(axs, runs: dict):  # an axis for each method and one for the probes; method -> run folder
     "Losses and probes by epoch."
     for ax, (method, run) in zip(axs, runs.items()):
@@ -63,7 +63,7 @@ def draw_curves(axs, runs: dict):  # an axis for each method and one for the pro
         ax.set_xlabel('epochs')
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
 
-
+# %% ../../nbs/appendix/paper/representations.ipynb #001e3a73
 def draw_restorations(axs, images, model, seed=0):  # (n,5) axes; (n,px,px) uint8; an `Inpainter`
     "Original, holes, network, Telea's method (OpenCV), error of the network; the mean error in the holes below."
     holes = fixed_holes(0, len(images), images.shape[-1], Holes(), seed)
@@ -131,7 +131,7 @@ def marks(values) -> list:  # [(name, rows, colour, marker)]: classes in their l
     looks = [(COLOURS.get(c, OTHERS[i]), MARKERS.get(c, 'o^sDvP'[i])) for i, c in enumerate(order)]
     return [(f'{c} ({(values == c).sum()})', np.flatnonzero(values == c), *look) for c, look in zip(order, looks)]
 
-
+# %% ../../nbs/appendix/paper/representations.ipynb #dfdda5fb
 def figure_embedding(
     embeddings: dict,  # pre-training -> (N,D)
     images: pd.DataFrame,  # N rows of a cohort: label, view, source

@@ -79,7 +79,7 @@ def tolerance(metric: str, runs: tuple, spread: dict) -> float:  # runs: behind 
     both = 2**0.5 if metric.startswith('difference_') else 1
     return stats.t.ppf(0.975, df) * sd * both * sum(1 / n for n in runs) ** 0.5
 
-
+# %% ../../nbs/appendix/paper/reproduce.ipynb #7d6ea35a
 def compare(
     fresh: pd.DataFrame,
     committed: pd.DataFrame,  # from `read_cells`
@@ -103,7 +103,7 @@ def compare(
     )
     return t[KEYS].assign(committed=t.value_committed, fresh=t.value_fresh, tolerance=half, status=status)
 
-
+# %% ../../nbs/appendix/paper/reproduce.ipynb #798dfa04
 def flipped(fresh: dict, committed: dict) -> list:  # sentences
     "Answers of the scorecard (Table 7) that are not what was committed."
     read = lambda files: pd.read_csv(io.StringIO(files['table7.csv'])).set_index('question').answer
@@ -129,7 +129,7 @@ def reproduce(study_file, against=None) -> tuple:  # cells, verdicts that change
     cells = compare(read_cells(fresh), read_cells(old), read_spread())
     return cells, flipped(fresh, old), too_many(cells, read_plan().metric)
 
-
+# %% ../../nbs/appendix/paper/reproduce.ipynb #0b6248d2
 def reproduce_command(argv=None):
     "Console script `cxr_reproduce`: do the tables made here agree with the committed ones?"
     a = argparse.ArgumentParser(prog='cxr_reproduce', description=reproduce_command.__doc__)

@@ -149,7 +149,7 @@ def compared_with(long, diffs, questions: dict, metric='auc_macro') -> pd.DataFr
             out[name] = [text(d.loc[r]) if r in d.index else '' for r in out.model]
     return out.rename(columns=str.strip)
 
-
+# %% ../../nbs/06_tables.ipynb #32c4320c
 def against_controls(diffs, metric='auc_macro') -> pd.DataFrame:
     "Multi-task minus each of its controls."
     d = diffs[(diffs.metric == metric) & (diffs.than != 'single-task')]
@@ -187,7 +187,7 @@ def pretrainings_of(study, row) -> float:  # NaN where the row starts from none 
     "How many pre-trainings the runs of a row start from."
     return len({p['weights'] for p in row_runs(study, row).values()}) if row['pretrain'] in our_methods() else np.nan
 
-
+# %% ../../nbs/06_tables.ipynb #a3b3b312
 def pretraining_table(
     study: dict, how: Resampling = DEFAULT
 ) -> tuple:  # (every metric, differences, frames of the first row)
@@ -257,7 +257,7 @@ def class_differences(diffs, metrics=('auc_macro', *BY_CLASS)) -> pd.DataFrame:
         ]
     )
 
-
+# %% ../../nbs/06_tables.ipynb #a4253fd7
 def counted_otherwise(frames: dict) -> pd.DataFrame:  # title -> one frame per seed
     "Macro AUC of each row, counted in three ways."
     return pd.DataFrame(
@@ -304,7 +304,7 @@ def label_evaluations(study: dict, how: Resampling = DEFAULT) -> tuple:  # (ever
         ignore_index=True,
     ), frames
 
-
+# %% ../../nbs/06_tables.ipynb #4b93fd16
 def label_table(
     study: dict, how: Resampling = DEFAULT
 ) -> tuple:  # (every metric, differences, frames of the first cell)
@@ -324,7 +324,7 @@ def label_table(
         next(iter(frames.values())),
     )
 
-
+# %% ../../nbs/06_tables.ipynb #104bde42
 def reached(
     g, plan, level
 ) -> tuple:  # g: one method's shares; (shares that reach it, the comparison that ended the sequence or None)
@@ -336,7 +336,7 @@ def reached(
         out.append(r.labels)
     return out, None
 
-
+# %% ../../nbs/06_tables.ipynb #d0ea3f13
 def label_verdict(diffs: pd.DataFrame, plan: Plan, level: float) -> str:
     "What the rule says of each method's shares."
     d = diffs[diffs.metric == plan.metric]
@@ -359,7 +359,7 @@ def label_verdict(diffs: pd.DataFrame, plan: Plan, level: float) -> str:
             said_of.append(f'{k}: no smaller share is shown to reach what all labels reach from scratch')
     return '; '.join(said_of) or 'no pre-training without labels was run with fewer labels'
 
-
+# %% ../../nbs/06_tables.ipynb #2b5cd9ac
 def label_cells(long: pd.DataFrame, metric='auc_macro') -> pd.DataFrame:
     "One line per row, one column per share of the labels."
     m = long[long.metric == metric]

@@ -308,7 +308,7 @@ def _warn(df, what):
         f'{df.attrs.get("run", "predictions")}: fold {df.fold.iloc[0]}: {what}: the validation fold does not hold the fit; do not trust the scaled probabilities'
     )
 
-
+# %% ../../nbs/appendix/questions/calibration.ipynb #cbf52a49
 def fit_temperature(
     df: pd.DataFrame,  # validation rows of one fold
     limits=LIMITS,

@@ -77,7 +77,7 @@ def outcome(
     p = probabilities(df)
     return positive, 1 - p[:, 0] if target == 'any' else p[:, CLASSES.index(target)]
 
-
+# %% ../../nbs/appendix/questions/decisions.ipynb #fe9e9322
 def _column(df, column, lo=-np.inf, hi=np.inf):  # (N,) finite numbers within the limits
     if column not in df:
         raise InputError(
@@ -152,7 +152,7 @@ def threshold_at(
         )  # the strictest that calls the same: it belongs to an image that was drawn
     return np.where(np.isnan(fpr[-1] + tpr[-1]), np.nan, values[np.minimum(i, len(values) - 1)])
 
-
+# %% ../../nbs/appendix/questions/decisions.ipynb #644344b7
 def counts_at(positive, score, w, threshold):  # (N,) bool; (N,); (N,B); (B,) or (1,)
     "Weights found, of the target, let be, and of the others: (4,B)."
     called = (score[:, None] >= threshold) * w
@@ -177,7 +177,7 @@ class Threshold:
             raise InputError(f'{self.fixed!r} is not a rate', field='fixed', hint='use specificity or sensitivity')
         _between('at', self.at, 'give .9 for 90 %')
 
-
+# %% ../../nbs/appendix/questions/decisions.ipynb #0b53eb5c
 def fold_pairs(
     df: pd.DataFrame,  # from `decision_rows`
     form: str = 'validation',  # or in-sample: learnt and judged on the same test rows
@@ -383,7 +383,7 @@ def risk_at(kept, bad, coverage):  # (T+1,B); (T+1,B); (G,) -> (G,B)
     part = np.divide(want - 2 * b - x0, x1 - x0, out=np.ones_like(x0), where=x1 > x0)
     return (y0 + (y1 - y0) * np.clip(part, 0, 1)) / (want - 2 * b)
 
-
+# %% ../../nbs/appendix/questions/decisions.ipynb #7dd3edfe
 def risk_coverage(
     frames, confidence=None, coverage=np.linspace(0.05, 1, 96), how: Resampling = Resampling(1000), leaky: bool = False
 ) -> pd.DataFrame:  # coverage, risk, lo, hi, oracle, random
@@ -479,7 +479,7 @@ def predictive_values(
     share = lambda x, y: np.divide(x, x + y, out=np.full(x.shape, np.nan), where=x + y > 0)[()]
     return share(a * q, (1 - b) * (1 - q)), share(b * (1 - q), (1 - a) * q)
 
-
+# %% ../../nbs/appendix/questions/decisions.ipynb #91633b77
 def predictive_value_curve(
     frames,
     prevalence=np.linspace(0.01, 0.99, 99),

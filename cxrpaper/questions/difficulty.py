@@ -204,7 +204,7 @@ def separations(
     first, three = auc(y == 0, p[:, 0], w), np.mean([auc(y[i] == k, q[:, k - 1], w[i]) for k in (1, 2, 3)], 0)
     return np.stack([first, three, first - three, *(auc_between(y, p, w, a, b) for a, b in PAIRS)], 1)
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #b31dd6ce
 def separability(
     frames, how: Resampling = Resampling(1000), leaky: bool = False
 ) -> pd.DataFrame:  # task, value, lo, hi, p, n, n_least, verdict (of the difference)
@@ -365,7 +365,7 @@ def label_noise(
         )
     )
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #530ac6e7
 def noise_matrix(
     frames, n_draws: int = 20, seed: int = 0, unit: str = 'group', leaky: bool = False
 ) -> pd.DataFrame:  # label, true, value, expected, n: 16 rows
@@ -405,7 +405,7 @@ def noise_bound(
         )
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #cb9f2f32
 def doubtful(
     frames, k: int = 20, unit: str = 'group', leaky: bool = False
 ) -> pd.DataFrame:  # image, label, suggested, p_label, p_suggested, flagged: k rows
@@ -477,7 +477,7 @@ def cartography(
     out = by.mean().assign(n_runs=by.size(), label=by.label.first()).reset_index()
     return out.assign(region=regions(out.confidence.to_numpy(), out.variability.to_numpy()))
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #41325373
 def regions(confidence, variability) -> np.ndarray:  # (N,), (N,) -> (N,) 'easy', 'ambiguous' or 'hard'
     "The least confident third is hard; of the others the more variable half is ambiguous."
     hard = confidence < np.quantile(confidence, 1 / 3)
@@ -563,7 +563,7 @@ def draw_separability(ax, t: pd.DataFrame, colour='0.2'):  # from `separability`
         xlim=(min(0.45, np.nanmin(t.lo.fillna(0.45))), 1.01),
     )
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #c1517ec5
 def draw_cartography(
     ax,
     t: pd.DataFrame,  # from `cartography`

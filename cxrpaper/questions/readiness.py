@@ -84,7 +84,7 @@ def assess(
         run, kind='readiness', row=s.row, runs=list(s.runs()), n=len(s.frame), patients=int(s.frame.group.nunique())
     )
 
-
+# %% ../../nbs/08_readiness.ipynb #3b696311
 def read_parts(study: dict) -> dict:  # table -> DataFrame; nothing for a part that could not be done
     "The tables of a study's finished evaluation."
     folder = resolve(readiness_path(study))
@@ -114,7 +114,7 @@ def is_evaluated(
     print('the evaluation is there' if ready else 'nothing is evaluated, or it is missing: make paper')
     return ready
 
-
+# %% ../../nbs/08_readiness.ipynb #656b2a40
 def readiness_path(study):
     return f"runs/{study['name']}/readiness"
 

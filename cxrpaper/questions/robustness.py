@@ -97,6 +97,7 @@ Corruption = namedtuple(
     'Corruption', 'levels unit change'
 )  # from 0 to severe; unit of the level; (x, rows, level, seed) -> x
 
+# %% ../../nbs/appendix/questions/robustness.ipynb #2bae2a6d
 CORRUPTIONS = {
     'noise': Corruption((0, 0.02, 0.05, 0.1, 0.2), 'standard deviation', add_noise),
     'quantum noise': Corruption((0, 0.05, 0.1, 0.2, 0.4), 'relative noise at white', quantum_noise),
@@ -185,7 +186,7 @@ def cost(
         .reset_index()
     )
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #61236b91
 def robustness_curve(
     tested,
     store,
@@ -212,7 +213,7 @@ def robustness_curve(
 # %% ../../nbs/appendix/questions/robustness.ipynb #fb605a42
 MARGIN = 0.02  # loss of macro AUC
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #048c72c1
 def tolerance(
     curves: pd.DataFrame,  # from `robustness_curve`
     name: str,
@@ -301,7 +302,7 @@ def external_cohort(
         excluded_counts(table),
     )
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #cb288bb7
 def average_models(frames) -> pd.DataFrame:  # predictions of the same images by several models
     "One frame: the mean probability of all models, as logits."
     frames = [f.sort_values('image', ignore_index=True) for f in frames]
@@ -318,7 +319,7 @@ def _auc_samples(frames, classes, how: Resampling):  # mean over models: value, 
         [of(q[cases[0].unit]) for q in how.weights(cases[0].n_units)]
     )
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #6df6ab27
 def external_drop(
     internal,  # predictions of the study's test images
     external,  # predictions of the external images, one frame for each model
@@ -362,7 +363,7 @@ def external_drop(
         p=[*[np.nan] * 3, bootstrap_p(parts['drop'][1])], classes=', '.join(CLASSES[k] for k in classes)
     )
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #84d883ba
 def drop_verdict(drop: pd.DataFrame) -> str:  # from `external_drop`
     r = drop[drop.name == 'drop'].iloc[0]
     if np.isnan(r.lo):
@@ -399,7 +400,7 @@ def external_evaluation(
         f'{drop_verdict(drop)}; removed before: {sum(removed.values())} of {len(images)} images ({gone})',
     )
 
-
+# %% ../../nbs/appendix/questions/robustness.ipynb #10bb9c01
 REASON = {'copy': 'copies', 'mirrored copy': 'mirrored copies', 'related': 'of their patients'} | {
     k: f'by {k}' for k in ('image', 'study', 'patient', 'group')
 }

@@ -77,7 +77,7 @@ class TinyEncoder(nn.Module):
     def forward(self, x):
         return [self.net(4 * (x - 0.5))]  # (N,1,H,W) in [0,1] -> [(N,32,H/4,W/4)]
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #f3ed9cff
 def train_tiny(
     images,
     labels,  # (N,px,px) uint8; (N,) 0 or 1
@@ -214,7 +214,7 @@ def check_maps(maps, masks, lungs=None):  # (N,px,px) each
         raise InputError('values that are negative or no number', field='maps', hint='give maps with values from 0')
     return maps, masks.astype(bool), None if lungs is None else np.asarray(lungs).astype(bool)
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #f1c73485
 def map_scores(
     maps,  # (N,px,px) not negative
     masks,  # (N,px,px) bool: filled boxes, or drawn masks
@@ -245,7 +245,7 @@ def others_mean(
     np.add.at(own, who, maps)
     return ((own.sum(0) - own) / (len(who) - n)[:, None, None]).astype(np.float32)[who]
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #25798b3c
 def exchanges(
     patients,  # (N,)
     n: int = 16,  # how many partners each image gets, at most
@@ -425,7 +425,7 @@ def randomise(
                     t.copy_(t.flatten()[torch.randperm(t.numel(), generator=g).to(t.device)].view(t.shape))
     return model
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #b640146c
 def map_correlation(
     a,
     b,  # (N,px,px) maps of the same images
@@ -553,7 +553,7 @@ def saliency_maps(s: Subject) -> tuple:  # (rows of the store, name -> (n,px,px)
         maps[name] = np.concatenate([m for _, m in parts])[np.argsort(rows)]
     return boxed, maps
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #85cdca3b
 def saliency_part(s: Subject) -> dict:
     "Scores of the maps against boxes and masks, their baselines, and the test of randomised weights."
     rows, maps = saliency_maps(s)
@@ -592,7 +592,7 @@ def outline_half(ax, cam):  # axes with a radiograph and the map over it; (px,px
     if cam.max() > 0:
         ax.contour(t, t, cam, [cam.max() / 2], colors='w', linewidths=1, linestyles='--')
 
-
+# %% ../../nbs/appendix/questions/saliency.ipynb #cb8c7e36
 def figure_saliency(
     images, boxes, maps, chosen, table
 ):  # (n,px,px); n lists of boxes; name -> (n,px,px); class -> row; from `saliency_table`

@@ -51,7 +51,7 @@ def verdict(value, lo, hi, than, enough) -> str:  # NaN limits: undefined
         return 'found'
     return 'not found' if hi < enough else 'inconclusive: too few patients'
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #d0ecdb1d
 def judge(
     part: str,  # name of the family of tests
     tests: dict,  # name -> (value, (B,) values in resampled patients, number of patients)
@@ -185,6 +185,8 @@ LUNGS = (
         ]
     ),
 )
+
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #39d795d9
 PRIOR = np.array(
     [(0.5, 0.03), (0.47, 0.06), (0.40, 0.05), (0.365, 0.065)]
 )  # mean and spread, in sides of the image: centre x, y, half width, half height
@@ -235,7 +237,7 @@ def lung_fields(
         out[i] = lung_template((px, px), np.array([cx[x], cy[y]]) * px, np.array([w, h]) * px) > 0
     return out
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #ba5994e2
 def dice(a, b) -> np.ndarray:  # (N,H,W) bool each -> (N,)
     "Overlap of masks, 1 where both are empty."
     both, total = (a & b).sum((1, 2)), a.sum((1, 2)) + b.sum((1, 2))
@@ -257,7 +259,7 @@ def enclosing(mask):  # (B,1,H,W) bool
     span = lambda v, dim: (v.cummax(dim).values & v.flip(dim).cummax(dim).values.flip(dim)).bool()
     return span(r, 2) & span(c, 3)
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #be682cbd
 def occlusions(
     lungs,  # (N,h,w) bool from `lung_fields`, for all rows of the store, of any size
     border: float = 0.1,
@@ -366,7 +368,7 @@ GLYPH = np.array(
     np.float32,
 )  # an L
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #79fcdd72
 def markers(
     lungs,  # (N,h,w) bool from `lung_fields`, for all rows of the store
     size: float = 0.12,  # side of the marker as a share of the image's side
@@ -404,7 +406,7 @@ def markers(
         f'{v} {h}': corner(v == 'bottom', h == 'right') for v in ('top', 'bottom') for h in ('left', 'right')
     } | dict(background=background)
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #48a47b90
 def _free_place(lungs, n, k, g):  # top, left of a k x k block away from the corners that overlaps the lungs least
     taken = cv2.resize(lungs, (n, n), interpolation=cv2.INTER_NEAREST).astype(np.float32)
     for r in (slice(0, 2 * k), slice(n - 2 * k, n)):
@@ -469,7 +471,7 @@ def attribute_levels(
     code = {k: i for i, k in enumerate(good)} if len(good) > 1 else {}
     return v.map(code).fillna(-1).astype(int).to_numpy()
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #3b366bab
 def level_scores(level, y, groups, seed: int = 0) -> np.ndarray:  # (N,) levels from 0; (N,) classes 0..3; (N,) -> (N,4)
     "Out-of-fold class shares of each level: the metadata baseline of one attribute."
     p = np.zeros((len(y), len(CLASSES)))
@@ -492,7 +494,7 @@ def macro_samples(
         len(units),
     )
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #119e8295
 def attribute_probes(
     x,  # (N,D) embeddings, one row per row of `images`
     images: pd.DataFrame,  # the cohort's table; rows without a label count for the probe only
@@ -559,7 +561,7 @@ def shortcut_rows(
     t = pd.concat([t for t in tables if len(t)], ignore_index=True)
     return t[t.verdict != ''].reset_index(drop=True) if verdicts else t
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #acf65725
 def draw_shortcuts(
     ax,
     rows: pd.DataFrame,  # from `shortcut_rows`

@@ -35,7 +35,7 @@ from ..schema import CLASSES, LOGITS
 # %% ../../nbs/appendix/questions/subgroups.ipynb #7d3a60bb
 SHARES = (0.28, 0.47, 0.17, 0.08)  # class shares of the simulation, negative to atypical
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #cc48d266
 def simulate_subgroups(
     n_patients: int = 400,
     seed: int = 0,
@@ -80,7 +80,7 @@ def age_bands(
     names = np.array([f'< {edges[0]}', *(f'{a}-{b - 1}' for a, b in zip(edges, edges[1:])), f'>= {edges[-1]}'], object)
     return np.where(np.isnan(age), 'unknown', names[np.digitize(np.nan_to_num(age), edges)])
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #1372e776
 def subgroup_rows(
     frames,  # predictions, a frame or one per fold, with the columns of `by` (and age)
     by=BY,
@@ -126,7 +126,7 @@ METRICS = dict(
     calibration=lambda s: _mean(1 - s.p[:, 0] - (s.y > 0), s.w),
 )
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #61f204b5
 def standardise(
     s: Sample,
     shares,  # (4,) class shares that the weights shall give
@@ -197,7 +197,7 @@ def _arrays(df, unit):
         shares=np.bincount(y, minlength=len(CLASSES)) / len(y),
     )
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #7c96e96b
 def _wanted(df, metrics):  # those that can be computed; InputError for a name that is none
     names = metrics or [m + e for m in METRICS for e in ('', '_standard')[: 1 + (m in ('auc_macro', 'accuracy'))]]
     if odd := [m for m in names if m.removesuffix('_standard') not in METRICS]:
@@ -249,7 +249,7 @@ def _ends(metric, value, samples, baseline, level):  # (n_boot,); from `_baselin
     half /= v * (1 - v)  # on the logit scale, where no end leaves (0, 1)
     return min(float(expit(logit(v) - half)), value), max(float(expit(logit(v) + half)), value)
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #56390339
 def subgroup_metrics(
     frames,  # predictions, a frame or one per fold (of one seed), with the columns of `by`
     by=BY,
@@ -390,7 +390,7 @@ def _errors(
         ]
     )
 
-
+# %% ../../nbs/appendix/questions/subgroups.ipynb #ed66d8d5
 def _judged(t, se, level):
     if not len(t):
         raise InputError(

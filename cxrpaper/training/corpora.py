@@ -80,7 +80,7 @@ def file_names(cohort: Cohort, rows=slice(None)) -> pd.Series:  # '' where there
         [os.path.normpath(os.path.join(root, p)) if p else '' for p in cohort.images.path.iloc[rows]], dtype=object
     )
 
-
+# %% ../../nbs/appendix/training/corpora.ipynb #9a0fb40d
 def same_corpus(
     corpus: Cohort,
     labelled: Cohort,
@@ -199,7 +199,7 @@ def excluded_counts(
     "How many images are excluded, by reason."
     return {k: int(n) for k in REASONS if (n := (table.reason == k).sum())}
 
-
+# %% ../../nbs/appendix/training/corpora.ipynb #af29d3e2
 def pretraining_corpus(
     corpus: Cohort,
     table: pd.DataFrame,  # from `exclude`

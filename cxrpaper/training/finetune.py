@@ -133,7 +133,7 @@ def averaged_from(epochs: int) -> int:
     "The first of the epochs, counted from 0, whose weights are averaged: the second half of the training."
     return epochs // 2
 
-
+# %% ../../nbs/04_finetune.ipynb #d4f8df70
 class BestCheckpoint(EpochRecorder):
     "Validation AUC of every epoch; keeps the mean of the weights in the second half of the training, those of the last epoch, or those of the epoch with the highest macro AUC (of equals, the lower loss). `dynamics`: the probability of its label that each training image was given, epoch by epoch."
 
@@ -316,7 +316,7 @@ def fit(
         refresh_statistics(model, Batches(store.images, rows['train'], labels, p.batch_size, device))
     return model, pd.DataFrame(watching.history), source, watching.best_epoch, dynamics_table(images, rows, watching)
 
-
+# %% ../../nbs/04_finetune.ipynb #ad00c615
 def training_batches(store, images, rows, p, device) -> tuple:  # (training, validation) `Batches`
     "What `fit` learns from and validates on; with a decoder, the masks too."
     labels, masks = images.label.values, dict(train=None, val=None)
@@ -341,7 +341,7 @@ def refresh_statistics(model, batches: Batches):  # in order
     with autocast_for(batches.device, precision_of(model)):
         update_bn((x.float().div_(255) for x, *_ in batches if len(x) > 1), model)
 
-
+# %% ../../nbs/04_finetune.ipynb #d6bb39d5
 def dynamics_table(images, rows, watching) -> pd.DataFrame:  # image, label, epoch_0, ...
     "The probability of its label that each training image was given, epoch by epoch."
     seen = np.unique(rows['train'])
@@ -429,7 +429,7 @@ def finetune(
         **describe(model.cpu(), p.px),
     )
 
-
+# %% ../../nbs/04_finetune.ipynb #0aad2819
 def save_masks(folder, model, scores, store, images, rows, p):
     "The mask scores of the model and of the box prior, in `segmentation` and `prior`."
     if len(more := mask_rows(images, rows)):

@@ -133,7 +133,7 @@ def _cut(scales, share, top):  # (n,px,px), (n,), greatest share allowed -> (n,p
     out = (scales <= s) & scales.isfinite()
     return torch.where(out.float().mean((1, 2), keepdim=True) > top, scales < s, out)
 
-
+# %% ../../nbs/03_inpainting.ipynb #6a4b0377
 def draw_holes(
     n: int,
     px: int,  # images, pixels of a side
@@ -200,7 +200,7 @@ def _up(a, b):  # double the resolution
         nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)
     )
 
-
+# %% ../../nbs/03_inpainting.ipynb #5310dc6c
 class Inpainter(nn.Module):
     "Encoder, and a decoder that sees nothing but its last map."
 
@@ -285,7 +285,7 @@ def fixed_holes(
         else torch.zeros(0, 1, px, px, dtype=torch.bool)
     )
 
-
+# %% ../../nbs/03_inpainting.ipynb #c6e53f22
 class Holing(Callback):
     "Bytes to floats with holes; the target is the image without them."
 
@@ -568,7 +568,7 @@ def task(p) -> Task:  # p: checked parameters
         score,
     )
 
-
+# %% ../../nbs/03_inpainting.ipynb #7b1283bd
 def inpainting(
     run,  # `runs.Run`: where to, identity
     data,  # from `pretraining_data`

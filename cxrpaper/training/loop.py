@@ -115,7 +115,7 @@ class Batches:
                 batch += [np.ascontiguousarray(self.taught[part][:, None]), self.taught.annotated[part]]
             yield tuple(torch.from_numpy(b).to(self.device, non_blocking=True) for b in batch)
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #f390a19f
 def share(batch):  # anything that can be sliced
     "This process's part of a batch."
     rank, world = rank_and_world()
@@ -209,7 +209,7 @@ class EpochRecorder(Callback):
         if rank_and_world()[0] == 0:
             print(f'epoch {self.epoch + 1}/{self.n_epoch}  {text}  about {left:.0f} s left', flush=True)
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #ef9f04d5
 def mean_terms(
     sums: dict,  # (split, term) -> sum over images; the term 'n' counts them
 ) -> dict:  # '<split>_<term>' -> mean
@@ -308,7 +308,7 @@ class Checkpointing(Callback):
         )
         save_checkpoint(self.file, state | {k: getattr(self.watching, k) for k in self.watching.saved})
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #de4f4338
 def plain(model):  # the module, or its DistributedDataParallel
     "The module itself."
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
@@ -329,7 +329,7 @@ class Distributing(DistributedTrainer):
 
 OPTIMISERS = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=0.9))
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #bc8b5c96
 def make_learner(
     model: torch.nn.Module,  # what `xb` goes through
     data: tuple,  # (training, validation) `Batches`: shuffled; in order, without rows: nothing is validated

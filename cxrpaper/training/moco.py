@@ -161,7 +161,7 @@ def check_groups(
             hint='use a number that divides the batch and leaves two images a group',
         )
 
-
+# %% ../../nbs/03_moco.ipynb #1792986a
 def check_queue(n_images: int, batch: int, queue: int):
     "InputError for a queue that does not fit the data or the batch."
     if queue % batch:

@@ -144,7 +144,7 @@ class Probing(EpochRecorder):
             f'  {k[:-10]} AUC {last[k]:.3f}' for k in ('knn_auc_macro', 'linear_auc_macro') if k in last
         )
 
-
+# %% ../../nbs/appendix/training/pretraining.ipynb #1e0cf1fd
 def view(generator, x):  # one random view of a batch
     return augment(x, generator=generator, how=PRESETS['moco_cxr'])[0]
 
@@ -171,7 +171,7 @@ class Task:
     val: Callable = lambda data: ()  # rows of the labelled store that are validated, such as held-out ones
     more: Callable = lambda folder, model, data: None  # writes further files of the run
 
-
+# %% ../../nbs/appendix/training/pretraining.ipynb #65e0b79b
 def run_pretraining(
     run,  # `runs.Run`
     data,  # from `pretraining_data`

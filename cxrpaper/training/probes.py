@@ -131,7 +131,7 @@ def check_labels(y, n: int, n_classes: int = 4) -> np.ndarray:  # (n,) int64
         )
     return y.astype(np.int64)
 
-
+# %% ../../nbs/appendix/training/probes.ipynb #e12dd2ec
 def knn_scores(
     x,
     y,  # (N,D) embeddings that vote; (N,) classes
@@ -204,7 +204,7 @@ def fit_linear(
         o[:, np.unique(y[train])] = model.set_params(C=C).fit(a, y[train]).predict_proba(b)
     return out
 
-
+# %% ../../nbs/appendix/training/probes.ipynb #cc02327c
 def choose_C(
     x, y, groups, Cs=C_GRID, n_folds: int = 3, seed: int = 0, n_classes: int = 4
 ) -> float:  # one of `Cs`; the strongest penalty among equals
@@ -270,7 +270,7 @@ def alignment(
         )
     return float((a - b).norm(dim=1).double().pow(alpha).mean())
 
-
+# %% ../../nbs/appendix/training/probes.ipynb #80151fb6
 def uniformity(
     x,  # (N,D), N at least 2
     t: float = 2,  # width of the Gaussian kernel

@@ -78,7 +78,7 @@ def all_params(
     p = notebook_defaults(kind) | params
     return as_parameters(p | {k: v for k, v in training(kind).PROFILES[p['profile']].items() if p[k] is None})
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #c9ff0241
 def cost_key(kind: str, p) -> tuple:  # p: from `all_params`; hashable
     "What decides the speed of a training."
     keys = training(kind).SPEED
@@ -188,7 +188,7 @@ def measure_training(
         weights_mb=weights,
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #6a645c19
 def predict_rate(kind, learn, n=3) -> float:  # images a second, the fastest of `n` passes after one that does not count
     "By the loops that predict and probe in a run."
     b, took = learn.dls.train, []
@@ -235,7 +235,7 @@ def measure_start() -> float:
         Path(f'{folder}/04_finetune.ipynb').rename(f'{run}/04_finetune.ipynb')
         return seconds_beside(run)
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #5c192e9c
 def read_throughput(path=THROUGHPUT) -> pd.DataFrame:
     "What was measured, on every device."
     path = resolve(path)
@@ -308,7 +308,7 @@ def image_counts(study: dict) -> tuple:  # labelled images, unlabelled images; N
 def phantom_count(config) -> int:  # settings of a phantom: the images that it will have
     return len(plan_cohort(PhantomConfig(**config)))
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #1fa29639
 def training_seconds(
     kind: str, p, rate: dict, labelled: int, unlabelled: int
 ) -> float:  # rate: a row of the throughput table
@@ -334,7 +334,7 @@ def is_done(run, kind, p, digests) -> bool:  # digests: kind -> code digest
         if k not in ('weights', 'run', 'workers', 'data_root', 'labelled_root') and (k, v) != ('precision', None)
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #8ef331c6
 def by_throughput(
     rows: pd.DataFrame,  # of one device
     labelled: int,
@@ -373,7 +373,7 @@ def by_runs(study: dict):
         dict(zip(('seconds', 'weights_mb', 'watts'), seen[key, p.epochs])) if (key, p.epochs) in seen else None
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #005d2a1a
 def plan(
     study: dict,  # from `read_study`
     estimate,  # from `by_throughput` or `by_runs`
@@ -420,7 +420,7 @@ def disk_gb(
         checkpoints=np.nan_to_num(known.checkpoint_mb.max()) * parallel / 1e3,
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #23b8f72c
 def plan_text(study: dict, throughput: pd.DataFrame = None, gpus: int = 1) -> str:  # gpus: that work at the same time
     "The plan by the study's finished runs, and for every device on which a training of it was measured, in words and numbers."
     throughput = read_throughput() if throughput is None else throughput
@@ -450,7 +450,7 @@ def plan_text(study: dict, throughput: pd.DataFrame = None, gpus: int = 1) -> st
         ]
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #ea568060
 def totals(study, t, counts, gpus) -> str:  # t: from `plan`
     unit, hours, disk, missing = (
         'GPU hours' if study['gpus'] else 'hours',
@@ -467,7 +467,7 @@ def totals(study, t, counts, gpus) -> str:  # t: from `plan`
         + (f'; not counted, since not measured there: {missing} trainings' if missing else '')
     )
 
-
+# %% ../../nbs/appendix/training/throughput.ipynb #273b3603
 def lines(t: pd.DataFrame) -> str:  # one line per kind of training
     def what(r):
         return ' '.join(
