@@ -143,9 +143,9 @@ def reproduce_command(argv=None):
     for text in changed:
         print(f'verdict changed: {text}')
     print(cells.status.value_counts().rename_axis('cells').to_string())
-    odd = cells[cells.status.isin(['outside', 'missing'])]
+    odd = cells[cells.status.isin(['outside', 'missing'])].sort_values('status', ascending=False, kind='stable')
     if len(odd):
-        print(odd.drop(columns='status').round(3).head(40).to_string(index=False))
+        print(odd.round(3).head(40).to_string(index=False))
     out = Path('runs') / read_study(a.study)['name'] / 'reproduced.csv'
     write_csv(resolve(out), cells)
     print(f'{k} of {n} rows outside in {read_plan().metric}, binomial p {p:.3f}; every cell: {out}')
