@@ -127,7 +127,7 @@ rule finetune:
     shell: GPU.replace('{output}.tmp', f'{RUNS}/{{wildcards.kind}}/.{{wildcards.name}}.ipynb')
 
 rule tables:
-    input: nb=page('paper.tables'), study=STUDY, reported='config/reported.csv',
+    input: nb=page('paper.tables'), study=STUDY, reported='config/reported.csv', plan='config/plan.yaml',
            baselines=f'{RUNS}/baselines.ipynb', models=[f'{m}/04_finetune.ipynb' for m in MODELS]
     output: f'{RUNS}/tables.ipynb'
     params: code=code('paper.tables'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
