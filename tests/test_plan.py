@@ -96,7 +96,7 @@ def test_a_wrong_plan_is_refused(tmp_path):
     good = yaml.safe_load((project_root() / 'config/plan.yaml').read_text())
     for change, said in (
         (dict(alpha=2), 'alpha'),
-        (dict(more=1), 'unknown or missing key'),
+        (dict(more=1), 'more: unknown key'),
         (dict(questions=dict(multitask=0.9)), 'sum to 1'),
         (dict(runs=1), 'runs'),
     ):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
-           'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'Cases', 'read_cases',
-           'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict',
+           'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases',
+           'read_cases', 'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict',
            'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate',
            'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
            'pr_points', 'curve_band']
@@ -323,6 +323,12 @@ def resampled_units(
             .astype(float)
         )
 
+# %% ../../nbs/05_metrics.ipynb #54f56d09
+def kish(size) -> float:  # images of each unit
+    "How many units of equal size are worth as much (Kish 1965)."
+    size = np.asarray(size)
+    return size.sum() ** 2 / (size**2).sum()
+
 # %% ../../nbs/05_metrics.ipynb #b21e73b3
 @dataclass(frozen=True)
 class Cases:
@@ -346,10 +352,9 @@ class Cases:
         return out | {k: v for k, v in study.items() if metrics is None or k in metrics}
 
     @property
-    def n_effective(self) -> float:  # Kish (1965): of units that weigh as many as they have images
+    def n_effective(self) -> float:
         "How many units of equal size would be worth as much."
-        size = np.bincount(self.unit)
-        return size.sum() ** 2 / (size**2).sum()
+        return kish(np.bincount(self.unit))
 
     def n_carrying(self, metric: str) -> int:  # units
         "How many units carry a metric: those with an image of its class, of the rarest class for a mean over classes."

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.patheffects import withStroke
 
+from .metrics import kish
 from .reported import BESIDE, beside, readable
 from ..runs import atomic, code_digest, file_digest, load_run, resolve, write_csv, write_json
 from ..schema import CLASSES
@@ -68,7 +69,7 @@ def sample_text(study, frames) -> str:
     n = lambda k, word: f'{k} {word}{"s" * (k != 1)}'
     runs = ' and training runs' if len(study['seeds']) > 1 else ''
     return (
-        f"{len(f):,} test images of {len(size):,} patients (worth {size.sum() ** 2 / (size**2).sum():,.0f} of equal size; "
+        f"{len(f):,} test images of {len(size):,} patients (worth {kish(size):,.0f} of equal size; "
         f'with {", ".join(f"{c} {k}" for c, k in zip(CLASSES, of_class))}), '
         f"{n(len(study['folds']), 'test fold')} of {study['n_folds']} (patient-disjoint), "
         f"{n(len(study['seeds']), 'seed')}; brackets: 95 % interval over patients{runs}."

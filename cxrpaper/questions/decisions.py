@@ -165,17 +165,12 @@ FORMS = ('validation', 'in-sample')
 
 @dataclass(frozen=True)
 class Threshold:
-    "How an operating point is chosen: which rate is kept, at which value, on which rows."
+    "How an operating point is chosen: which rate is kept, at which value, on which rows; checked by `threshold_at` and `fold_pairs`."
 
     fixed: str = 'specificity'  # or sensitivity
     at: float = 0.9  # its least value
     form: str = 'validation'  # the rows it is learnt on; 'in-sample': those it is judged on, which is optimistic
     refit: bool = True  # learnt anew in every resample; False: the one threshold stands
-
-    def __post_init__(self):
-        if self.fixed not in ('specificity', 'sensitivity'):
-            raise InputError(f'{self.fixed!r} is not a rate', field='fixed', hint='use specificity or sensitivity')
-        _between('at', self.at, 'give .9 for 90 %')
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #0b53eb5c
 def fold_pairs(
