@@ -73,21 +73,13 @@ def read_study(path) -> dict:  # its checked content
     study = {m: {} for m in our_methods()} | (yaml.safe_load(path.read_text()) or {})
     rules = STUDY | {m: dict for m in our_methods()}  # parameters of their notebooks
     study = checked(study, rules, path)
+    bad = lambda problem, field, hint: InputError(problem, file=show_path(path), field=field, hint=hint)
     if max(study['folds']) >= study['n_folds']:
-        raise InputError(
-            f'fold {max(study["folds"])} of {study["n_folds"]}',
-            file=show_path(path),
-            field='folds',
-            hint='folds count from 0',
-        )
+        raise bad(f'fold {max(study["folds"])} of {study["n_folds"]}', 'folds', 'folds count from 0')
     if study['phantom'] is not None:
         if study['data_root'] is not None:
-            raise InputError(
-                'a phantom and a corpus at once',
-                file=show_path(path),
-                field='data_root',
-                hint='set one of phantom and data_root to null',
-            )
+            hint = 'set one of phantom and data_root to null'
+            raise bad('a phantom and a corpus at once', 'data_root', hint)
         study['data_root'] = phantom_root(study['name'], study['phantom'])
     for k, other in dict(pretraining=study['pretraining'], external=(study['readiness'] or {}).get('external')).items():
         if other and other.get('phantom') is not None:
@@ -98,34 +90,22 @@ def read_study(path) -> dict:  # its checked content
 # %% ../nbs/appendix/machine/study.ipynb #88b87977
 def check_tables(study, file):
     "InputError for tables that could not be made."
+    bad = lambda problem, field, hint: InputError(problem, file=file, field=field, hint=hint)
+    keys = lambda d: f'the keys are {", ".join(d)}'
     if study['table3'] and study['table3'][0].get('multitask'):
-        raise InputError(
-            'the first row is multi-task',
-            file=file,
-            field='table3',
-            hint='begin with the single-task model that the others are compared with',
-        )
+        hint = 'begin with the single-task model that the others are compared with'
+        raise bad('the first row is multi-task', 'table3', hint)
     if (t := study['table6']) is not None and set(t) != {'rows', 'fractions', 'draws'}:
-        raise InputError(
-            f'the keys are {", ".join(t)}', file=file, field='table6', hint='give rows, fractions and draws, or null'
-        )
+        raise bad(keys(t), 'table6', 'give rows, fractions and draws, or null')
     if study['readiness'] is not None:
         check_readiness(study['readiness'], file)
-    own = {r['pretrain'] for r in all_rows(study)} & set(our_methods())
-    if own and study['pretraining'] is None:
-        raise InputError(
-            f'null, but rows are pre-trained by {", ".join(sorted(own))}',
-            file=file,
-            field='pretraining',
-            hint='say which corpus they are pre-trained on',
-        )
-    if own and set(study['pretraining']) - {'seeds'} != {'adapter', 'data_root', 'phantom'}:
-        raise InputError(
-            f'the keys are {", ".join(study["pretraining"])}',
-            file=file,
-            field='pretraining',
-            hint='give phantom, data_root and adapter, and seeds for more than one pre-training of each method',
-        )
+    own, corpus = {r['pretrain'] for r in all_rows(study)} & set(our_methods()), study['pretraining']
+    if own and corpus is None:
+        problem = f'null, but rows are pre-trained by {", ".join(sorted(own))}'
+        raise bad(problem, 'pretraining', 'say which corpus they are pre-trained on')
+    if own and set(corpus) - {'seeds'} != {'adapter', 'data_root', 'phantom'}:
+        hint = 'give phantom, data_root and adapter, and seeds for more than one pre-training of each method'
+        raise bad(keys(corpus), 'pretraining', hint)
 
 # %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 def check_readiness(r, file):

@@ -222,3 +222,72 @@ def test_no_function_takes_more_than_seven_parameters(tmp_path):
     assert wide_functions((ROOT / 'cxrpaper').rglob('*.py')) == []
     (tmp_path / 'wide.py').write_text('def f(a, b, c, d, e, f, g, *, h=1): ...\n')
     assert wide_functions(tmp_path.glob('*.py')) == ['wide:f']
+
+
+def exported(nb):  # sources of the exported cells, and of the others
+    code = [source(c) for c in cells(nb)]
+    own = [s for s in code if s.startswith('#| export')]
+    return own, [re.sub(r'(?m)^\s*[%!].*$', '', s) for s in code if not s.startswith('#| export')]
+
+
+def lines_of_code(cell):  # without signatures, docstrings, imports and comments; a table of data counts as one
+    tree, skip = ast.parse(cell), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            skip |= set(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = node.body[0]
+            is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            skip |= set(range(node.lineno + 1, first.end_lineno + 1 if is_text else first.lineno))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and not any(isinstance(n, ast.Lambda) for n in ast.walk(node)):
+            skip |= set(range(node.lineno + 1, node.end_lineno + 1))
+    code = (i for i, line in enumerate(cell.splitlines(), 1) if line.strip() and not line.strip().startswith('#'))
+    return len(set(code) - skip)
+
+
+def names(tree):
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+    }
+
+
+def never_shown(
+    own, others, known=()
+):  # definitions of exported cells that nothing else uses, not even through one another
+    uses, defined = {}, []
+    for node in (n for s in own for n in ast.parse(s).body):
+        if isinstance(node, ast.FunctionDef) and any('patch' in ast.unparse(d) for d in node.decorator_list):
+            uses.setdefault(ast.unparse(node.args.args[0].annotation), set()).update(names(node))  # a method
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            uses.setdefault(node.name, set()).update(names(node))
+            defined.append(node.name)
+        elif isinstance(node, ast.Assign):
+            for name in (n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)):
+                uses.setdefault(name, set()).update(names(node))
+    seen = set(known).union(*(names(ast.parse(s)) for s in others))
+    todo = list(seen)
+    while todo:
+        new = uses.get(todo.pop(), set()) - seen
+        seen |= new
+        todo += new
+    return [d for d in defined if d not in seen]
+
+
+def test_exported_cells_are_short():
+    pages = {p.relative_to(NBS): exported(json.loads(p.read_text()))[0] for p in NOTEBOOKS}
+    assert not [(str(p), s.splitlines()[1]) for p, own in pages.items() for s in own if lines_of_code(s) > 25]
+    assert lines_of_code('def f(\n    x,\n):\n    "Text."\n' + '    x += 1\n' * 30) == 31
+    assert lines_of_code('T = [\n' + '    1,\n' * 30 + ']') == 1
+
+
+def test_everything_exported_is_shown_or_tested():
+    "By an example of its own page, by a page that shows a finished study, by a test, or as a console script."
+    pages = {p: exported(json.loads(p.read_text())) for p in NOTEBOOKS}
+    shows = [s for p, both in pages.items() if p.stem[:2] in ('06', '07', '08') for part in both for s in part]
+    shows += [p.read_text() for p in ROOT.glob('tests/*.py') if p.name != 'test_contract.py']
+    known = set().union(*(names(ast.parse(s)) for s in shows))
+    known |= set(re.findall(r':(\w+)', (ROOT / 'settings.ini').read_text()))
+    hidden = {ids(p): never_shown(own, others, known) for p, (own, others) in pages.items()}
+    assert not {k: v for k, v in hidden.items() if v}
+    assert never_shown(['def f():\n    g()', 'def g():\n    0', 'def h():\n    0'], ['f()']) == ['h']

@@ -33,8 +33,8 @@ def test_metrics_of_a_group_against_scikit_learn():
         assert np.isclose(got['auc_any'], roc_auc_score(d.label > 0, 1 - p[:, 0])) and np.isclose(
             got['accuracy'], (p.argmax(1) == d.label).mean()
         )
-        assert np.isclose(got['sensitivity'], d.called[d.label > 0].mean()) and np.isclose(
-            got['specificity'], 1 - d.called[d.label == 0].mean()
+        assert np.isclose(got['sensitivity'], d.predicted[d.label > 0].mean()) and np.isclose(
+            got['specificity'], 1 - d.predicted[d.label == 0].mean()
         )
 
 

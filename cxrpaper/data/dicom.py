@@ -17,6 +17,7 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -112,6 +113,23 @@ def _open(
 # %% ../../nbs/appendix/data/dicom.ipynb #2cf9c4a9
 REQUIRED = 'Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation'.split()
 
+# %% ../../nbs/appendix/data/dicom.ipynb #59909b21
+def _allowed(ds):  # (element, whether its value can be used, hint)
+    "What the elements of one gray image of 8 to 16 bits may hold."
+    stored, allocated = ds.BitsStored, ds.BitsAllocated
+    one_gray = 'leave it out, or export the radiograph as one gray image'
+    return (
+        ('SamplesPerPixel', ds.SamplesPerPixel == 1, one_gray),
+        ('PhotometricInterpretation', ds.PhotometricInterpretation in ('MONOCHROME1', 'MONOCHROME2'), one_gray),
+        ('NumberOfFrames', int(ds.get('NumberOfFrames') or 1) == 1, one_gray),
+        ('Rows', ds.Rows > 0, AGAIN),
+        ('Columns', ds.Columns > 0, AGAIN),
+        ('BitsAllocated', allocated in (8, 16), 'export it with 8 to 16 bits'),
+        ('BitsStored', 8 <= stored <= allocated, 'export it with 8 to 16 bits'),
+        ('HighBit', ds.HighBit == stored - 1, 'export it again: High Bit must be Bits Stored - 1'),
+        ('PixelRepresentation', ds.PixelRepresentation in (0, 1), AGAIN),
+    )
+
 # %% ../../nbs/appendix/data/dicom.ipynb #06c0ecb9
 def _check_elements(ds, path):
     "One gray frame of 8 to 16 bits whose elements are there and agree, or a DicomError."
@@ -123,26 +141,10 @@ def _check_elements(ds, path):
             'image pixel module',
             AGAIN,
         )
-    stored, allocated, one_gray = (
-        ds.BitsStored,
-        ds.BitsAllocated,
-        'leave it out, or export the radiograph as one gray image',
-    )
-    for field, ok, hint in (
-        ('SamplesPerPixel', ds.SamplesPerPixel == 1, one_gray),
-        ('PhotometricInterpretation', ds.PhotometricInterpretation in ('MONOCHROME1', 'MONOCHROME2'), one_gray),
-        ('NumberOfFrames', int(ds.get('NumberOfFrames') or 1) == 1, one_gray),
-        ('Rows', ds.Rows > 0, AGAIN),
-        ('Columns', ds.Columns > 0, AGAIN),
-        ('BitsAllocated', allocated in (8, 16), 'export it with 8 to 16 bits'),
-        ('BitsStored', 8 <= stored <= allocated, 'export it with 8 to 16 bits'),
-        ('HighBit', ds.HighBit == stored - 1, 'export it again: High Bit must be Bits Stored - 1'),
-        ('PixelRepresentation', ds.PixelRepresentation in (0, 1), AGAIN),
-    ):
+    for field, ok, hint in _allowed(ds):
         if not ok:
-            raise DicomError(
-                'header', f'{ds[field].value} is not accepted for one gray image of 8 to 16 bits', path, field, hint
-            )
+            problem = f'{ds[field].value} is not accepted for one gray image of 8 to 16 bits'
+            raise DicomError('header', problem, path, field, hint)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #901fe2be
 def _fragments(path, start):  # -> [(offset, length)] of the fragments after the offset table
@@ -168,56 +170,40 @@ GUESS = {
     (False, False): uid.ExplicitVRBigEndian,
 }
 
+# %% ../../nbs/appendix/data/dicom.ipynb #aebdd014
+def _syntax(ds, fits: bool, path):  # fits: the pixel data have the size of uncompressed ones
+    "The transfer syntax that the file names, or the uncompressed one that is guessed (and set), or a DicomError."
+    if not ds.file_meta.get('TransferSyntaxUID'):
+        if not fits or ds.original_encoding not in GUESS:
+            problem = 'no transfer syntax, and the pixel data does not fit an uncompressed one'
+            hint = 'export it again with file meta information'
+            raise DicomError('header', problem, path, 'TransferSyntaxUID', hint)
+        ds.file_meta.TransferSyntaxUID = GUESS[ds.original_encoding]
+    return ds.file_meta.TransferSyntaxUID
+
 # %% ../../nbs/appendix/data/dicom.ipynb #7539cfa1
 def _check_pixel_data(ds, pixels, path):
     "The transfer syntax is there or guessed safely, and the file holds all the pixel data it promises; or a DicomError."
+    bad = partial(DicomError, 'header', path=path)
     if pixels.get('name') != 'PixelData':
-        raise DicomError(
-            'header',
-            f'{pixels["name"]} instead of PixelData' if pixels else 'no PixelData: not an image, or cut off',
-            path,
-            'PixelData',
-            AGAIN,
-        )
-    syntax, length, want = (
-        ds.file_meta.get('TransferSyntaxUID'),
-        pixels['length'],
-        ds.Rows * ds.Columns * ds.BitsAllocated // 8,
-    )
-    if not syntax:
-        if length != want + want % 2 or ds.original_encoding not in GUESS:
-            raise DicomError(
-                'header',
-                'no transfer syntax, and the pixel data does not fit an uncompressed one',
-                path,
-                'TransferSyntaxUID',
-                'export it again with file meta information',
-            )
-        syntax = ds.file_meta.TransferSyntaxUID = GUESS[ds.original_encoding]
+        problem = f'{pixels["name"]} instead of PixelData' if pixels else 'no PixelData: not an image, or cut off'
+        raise bad(problem, field='PixelData', hint=AGAIN)
+    length, want = pixels['length'], ds.Rows * ds.Columns * ds.BitsAllocated // 8
+    syntax = _syntax(ds, length == want + want % 2, path)
     encapsulated = length == 0xFFFFFFFF
     if not syntax.is_transfer_syntax or syntax.is_private:
         return  # left to the codec stage
     if encapsulated != syntax.is_encapsulated:
-        raise DicomError(
-            'header',
-            f'{"" if encapsulated else "un"}compressed pixel data under {syntax.name}',
-            path,
-            'TransferSyntaxUID',
-            'export it again with the right transfer syntax',
-        )
+        problem = f'{"" if encapsulated else "un"}compressed pixel data under {syntax.name}'
+        raise bad(problem, field='TransferSyntaxUID', hint='export it again with the right transfer syntax')
     if encapsulated:
         if not _fragments(path, pixels['start']):
-            raise DicomError('header', 'no fragment', path, 'PixelData', AGAIN)
+            raise bad('no fragment', field='PixelData', hint=AGAIN)
         return
     held = length if syntax.is_deflated else min(length, Path(path).stat().st_size - pixels['start'])
     if length not in (want, want + want % 2) or held < want:
-        raise DicomError(
-            'header',
-            f'{held:,} bytes where {ds.Rows} x {ds.Columns} x {ds.BitsAllocated} bit need {want:,}',
-            path,
-            'PixelData',
-            AGAIN,
-        )
+        size = f'{ds.Rows} x {ds.Columns} x {ds.BitsAllocated} bit'
+        raise bad(f'{held:,} bytes where {size} need {want:,}', field='PixelData', hint=AGAIN)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #665836a3
 def read_header(
@@ -277,31 +263,14 @@ def codecs() -> pd.DataFrame:  # columns: uid, name, decoder, available, install
 def _check_codec(ds, path):  # -> name of the decoder
     "The decoder for this file, or a DicomError of stage codec."
     syntax = ds.file_meta.TransferSyntaxUID
+    bad = lambda problem, hint: DicomError('codec', problem, path, 'TransferSyntaxUID', hint)
     if syntax == uid.JPEGExtended12Bit and ds.BitsStored > 8:
-        raise DicomError(
-            'codec',
-            '12-bit JPEG Extended cannot be decoded',
-            path,
-            'TransferSyntaxUID',
-            'convert it with `dcmdjpeg` of DCMTK',
-        )
+        raise bad('12-bit JPEG Extended cannot be decoded', 'convert it with `dcmdjpeg` of DCMTK')
     plugin = _plugin(syntax)
     if plugin is None and syntax in PLUGINS:
-        raise DicomError(
-            'codec',
-            f'no decoder is installed for {syntax.name}',
-            path,
-            'TransferSyntaxUID',
-            INSTALL[PLUGINS[syntax][0]],
-        )
+        raise bad(f'no decoder is installed for {syntax.name}', INSTALL[PLUGINS[syntax][0]])
     if plugin is None:
-        raise DicomError(
-            'codec',
-            f'transfer syntax {syntax.name} is not read',
-            path,
-            'TransferSyntaxUID',
-            'convert it with `gdcmconv --raw`',
-        )
+        raise bad(f'transfer syntax {syntax.name} is not read', 'convert it with `gdcmconv --raw`')
     return plugin
 
 # %% ../../nbs/appendix/data/dicom.ipynb #765d8836

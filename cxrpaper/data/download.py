@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GB', 'CORPORA', 'SURVEYS', 'MANIFEST', 'JOURNAL', 'disk_needed', 'check_room', 'kaggle_fault', 'run_kaggle',
            'is_member', 'members', 'unpack', 'download_siim', 'table_content', 'check_table', 'survey_siim',
-           'survey_chestxray14', 'survey_chexpert', 'check_files', 'whole_picture', 'read_each', 'verify_corpus',
+           'survey_chestxray14', 'survey_chexpert', 'check_files', 'whole_picture', 'read_or_not', 'verify_corpus',
            'corpus_files', 'journal_lines', 'hash_files', 'write_manifest', 'check_manifest', 'require']
 
 # %% ../../nbs/appendix/data/download.ipynb #c0a14af4
@@ -16,13 +16,13 @@ import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
-from pydicom.config import disable_value_validation
 from tqdm import tqdm
 
-from .cohort import header_facts, read_rows
+from .cohort import header_facts, read_each, read_rows, require_columns
 from .dicom import verify_tree
 from .readers import picture_size, siim_labels
 from ..runs import InputError, atomic, digest, file_digest, resolve, show_path, write_csv
@@ -137,6 +137,18 @@ def kaggle_fault(
         )
     return f'the download broke off ({last})', 'run this again: it goes on where it stopped'
 
+# %% ../../nbs/appendix/data/download.ipynb #3fabd6dd
+def _heard(command: list, progress: bool) -> tuple:  # exit status, the last 4,000 bytes of what it said
+    "Run a program; with `progress` what it says is handed on while it runs."
+    said, out = b'', dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, **out) as p:
+        while chunk := p.stdout.read1(4096):
+            said = (said + chunk)[-4000:]
+            if progress:
+                sys.stderr.write(chunk.decode(errors='replace'))
+                sys.stderr.flush()
+    return p.returncode, said
+
 # %% ../../nbs/appendix/data/download.ipynb #bc36caba
 def run_kaggle(
     folder: Path,
@@ -150,26 +162,13 @@ def run_kaggle(
             hint='pip install kaggle, then give it your credentials (see nbs/appendix/data/download.ipynb)',
         )
     folder.mkdir(parents=True, exist_ok=True)
-    said = b''
-    with subprocess.Popen(
-        [tool, 'competitions', 'download', competition, '-p', str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as p:
-        while chunk := p.stdout.read1(4096):
-            said = (said + chunk)[-4000:]
-            if progress:
-                sys.stderr.write(chunk.decode(errors='replace'))
-                sys.stderr.flush()
+    code, said = _heard([tool, 'competitions', 'download', competition, '-p', str(folder)], progress)
     archive = folder / f'{competition}.zip'
-    if p.returncode == 0 and archive.is_file():
+    if code == 0 and archive.is_file():
         return archive
-    problem, hint = (
-        kaggle_fault(said.decode(errors='replace').replace('\r', '\n').strip())
-        if p.returncode
-        else (f'`kaggle` ended well, but there is no {archive.name}', 'update it: pip install --upgrade kaggle')
-    )
+    problem, hint = f'`kaggle` ended well, but there is no {archive.name}', 'update it: pip install --upgrade kaggle'
+    if code:
+        problem, hint = kaggle_fault(said.decode(errors='replace').replace('\r', '\n').strip())
     raise InputError(problem, file=show_path(archive), hint=hint)
 
 # %% ../../nbs/appendix/data/download.ipynb #4d93e717
@@ -193,54 +192,30 @@ def members(
     wanted=('train/', 'train_study_level.csv', 'train_image_level.csv'),  # starts of their names
 ) -> list:  # zipfile.ZipInfo
     "The files of an archive that are wanted; InputError where it is cut off or a name points out of the folder."
+    bad = lambda problem, hint='this is not the archive of the competition': InputError(
+        problem, file=show_path(archive), hint=hint
+    )
     try:
         with zipfile.ZipFile(archive) as z:
             found = [i for i in z.infolist() if not i.is_dir() and i.filename.startswith(wanted)]
     except (zipfile.BadZipFile, OSError) as e:
-        raise InputError(
-            f'not a whole zip file ({e})',
-            file=show_path(archive),
-            hint='run the download again; where the tool says that it skips the file, move it away first',
-        ) from None
-    if bad := [
-        i.filename
-        for i in found
-        if PurePosixPath(i.filename).is_absolute() or '..' in PurePosixPath(i.filename).parts or '\\' in i.filename
-    ]:
-        raise InputError(
-            f'{bad[0]} points out of the folder',
-            file=show_path(archive),
-            hint='this is not the archive of the competition',
-        )
+        hint = 'run the download again; where the tool says that it skips the file, move it away first'
+        raise bad(f'not a whole zip file ({e})', hint) from None
+    for name in (i.filename for i in found):
+        if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts or '\\' in name:
+            raise bad(f'{name} points out of the folder')
     if not found:
-        raise InputError(
-            f'nothing in it begins with {", ".join(wanted)}',
-            file=show_path(archive),
-            hint='this is not the archive of the competition',
-        )
+        raise bad(f'nothing in it begins with {", ".join(wanted)}')
     return found
 
 # %% ../../nbs/appendix/data/download.ipynb #b9c9af13
 def unpack(archive: Path, root: Path, progress: bool = False) -> int:  # files written
     "Unpack what is not there yet, each file whole or not at all; InputError that counts the members that fail their CRC and names the first."
-    found = members(archive)
-    todo = [
-        i for i in tqdm(found, 'checking', disable=not progress, file=sys.stderr, leave=False) if not is_member(root, i)
-    ]
-    check_room({root: sum(i.file_size for i in todo)})
-    bad = []
-    with (
-        zipfile.ZipFile(archive) as z,
-        tqdm(
-            total=sum(i.file_size for i in todo),
-            desc='unpacking',
-            unit='B',
-            unit_scale=True,
-            disable=not progress,
-            file=sys.stderr,
-            leave=False,
-        ) as bar,
-    ):
+    found, quiet = members(archive), dict(disable=not progress, file=sys.stderr, leave=False)
+    todo = [i for i in tqdm(found, 'checking', **quiet) if not is_member(root, i)]
+    size, bad = sum(i.file_size for i in todo), []
+    check_room({root: size})
+    with zipfile.ZipFile(archive) as z, tqdm(None, 'unpacking', size, unit='B', unit_scale=True, **quiet) as bar:
         for info in todo:
             try:
                 with atomic(root / info.filename) as tmp, z.open(info) as source, open(tmp, 'wb') as target:
@@ -359,11 +334,7 @@ def survey_chexpert(root: Path) -> tuple:
         k: read_rows(home / f'{k}.csv') for k in ('train', 'valid') if k == 'train' or (home / f'{k}.csv').exists()
     }
     for t in tables.values():
-        for c in ('Path', 'Frontal/Lateral'):
-            if c not in t:
-                raise InputError(
-                    'missing column', file=t.attrs['file'], field=f'column {c}', hint='use the table as it was released'
-                )
+        require_columns(t, ('Path', 'Frontal/Lateral'))
     t = pd.concat(tables)
     keys = t.Path.str.extract(r'((?:train|valid)/.+)$')[0].fillna(t.Path)
     frontal = (t['Frontal/Lateral'] == 'Frontal').values
@@ -374,11 +345,8 @@ def survey_chexpert(root: Path) -> tuple:
         'patients': keys.str.extract(r'(patient\d+)')[0].nunique(),
     }
     lateral = set(keys[~frontal])  # listed, not used: neither missing nor additional
-    found = {
-        k: [f]
-        for f in sorted((*home.glob('train/**/*.jpg'), *home.glob('valid/**/*.jpg')))
-        if (k := f.relative_to(home).as_posix()) not in lateral
-    }
+    files = sorted((*home.glob('train/**/*.jpg'), *home.glob('valid/**/*.jpg')))
+    found = {k: [f] for f in files if (k := f.relative_to(home).as_posix()) not in lateral}
     return counts, list(keys[frontal]), found
 
 # %% ../../nbs/appendix/data/download.ipynb #74989bc3
@@ -424,32 +392,33 @@ def whole_picture(
     return dict(height=height, width=width)
 
 # %% ../../nbs/appendix/data/download.ipynb #fedb1c98
-def read_each(read, files: list, workers: int = 4, progress: bool = False) -> tuple:  # what was read, errors
-    "`read` of every file in threads; errors are values."
-
-    def one(f):
-        try:
-            return read(f)
-        except (InputError, OSError) as e:
-            return e
-
-    with disable_value_validation(), ThreadPoolExecutor(workers) as pool:
-        all_ = list(
-            tqdm(
-                pool.map(one, files),
-                total=len(files),
-                disable=not progress,
-                file=sys.stderr,
-                leave=False,
-                desc='reading',
-            )
-        )
-    return [r for r in all_ if not isinstance(r, Exception)], [
-        (f, r) for f, r in zip(files, all_) if isinstance(r, Exception)
-    ]
+def read_or_not(read, files: list, workers: int = 4, progress: bool = False) -> tuple:  # what was read; [(file, error)]
+    "`read_each` of the files, the errors apart."
+    said = read_each(read, files, workers, progress, 'reading')
+    bad = [(f, r) for f, r in zip(files, said) if isinstance(r, Exception)]
+    return [r for r in said if not isinstance(r, Exception)], bad
 
 # %% ../../nbs/appendix/data/download.ipynb #391b5156
 SURVEYS = dict(siim=survey_siim, chestxray14=survey_chestxray14, chexpert=survey_chexpert)
+
+# %% ../../nbs/appendix/data/download.ipynb #835cc3eb
+def _count_row(what, published: int, here: int, partial: bool):
+    "A number of the corpus beside the published one; a part may have less."
+    return _row(
+        what,
+        f'up to {published:,}' if partial else f'{published:,}',
+        f'{here:,}',
+        here == published or partial and here < published,
+        'restore tables and files from the source, or say that it is a part (partial)',
+    )
+
+
+def _files_row(what, files, problems):  # problems: texts
+    "Something that must hold of every file."
+    hint = 'copy them again from the source'
+    return _row(
+        what, f'{len(files):,}', _named(problems) if problems else f'{len(files):,}', files and not problems, hint
+    )
 
 # %% ../../nbs/appendix/data/download.ipynb #886edc23
 def verify_corpus(
@@ -466,51 +435,25 @@ def verify_corpus(
         raise InputError(f'{corpus!r} is not known', field='corpus', hint=f'give {", ".join(CORPORA)}')
     root, facts = resolve(root), CORPORA[corpus] if facts is None else facts
     if not root.is_dir():
-        raise InputError(
-            'no such folder', file=show_path(root), field='root', hint=f'get the corpus at {CORPORA[corpus]["home"]}'
-        )
+        hint = f'get the corpus at {CORPORA[corpus]["home"]}'
+        raise InputError('no such folder', file=show_path(root), field='root', hint=hint)
     rows = [check_table(root / name, published, partial) for name, published in facts['tables'].items()]
     try:
         counts, listed, found = SURVEYS[corpus](root)
     except InputError as e:
         return pd.DataFrame([*rows, _row('the tables can be read', 'yes', e, False, e.hint)])
     files = [f for fs in found.values() for f in fs]
-    read, bad = read_each(header_facts if corpus == 'siim' else whole_picture, files, workers, progress)
+    read, bad = read_or_not(header_facts if corpus == 'siim' else whole_picture, files, workers, progress)
     if corpus == 'siim':
         counts['patients'] = len({r['patient'] for r in read})
-    for k, n in facts['counts'].items():
-        rows.append(
-            _row(
-                k,
-                f'up to {n:,}' if partial else f'{n:,}',
-                f'{counts[k]:,}',
-                counts[k] == n or partial and counts[k] < n,
-                'restore tables and files from the source, or say that it is a part (partial)',
-            )
-        )
+    rows += [_count_row(k, n, counts[k], partial) for k, n in facts['counts'].items()]
     rows += check_files(listed, found)
-    rows.append(
-        _row(
-            'every file can be read',
-            f'{len(files):,}',
-            _named([f'{f.relative_to(root).as_posix()} ({getattr(e, "problem", e)})' for f, e in bad])
-            if bad
-            else f'{len(read):,}',
-            files and not bad,
-            'copy them again from the source',
-        )
-    )
+    problems = [f'{f.relative_to(root).as_posix()} ({getattr(e, "problem", e)})' for f, e in bad]
+    rows.append(_files_row('every file can be read', files, problems))
     if pixels and corpus == 'siim' and files:
         t = verify_tree(root / 'train', workers=workers, progress=progress)
-        rows.append(
-            _row(
-                'every radiograph can be decoded',
-                f'{len(files):,}',
-                _named([f'{r.path} ({r.error})' for r in t.itertuples()]) if len(t) else f'{len(files):,}',
-                not len(t),
-                'copy them again from the source',
-            )
-        )
+        problems = [f'{r.path} ({r.error})' for r in t.itertuples()]
+        rows.append(_files_row('every radiograph can be decoded', files, problems))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/data/download.ipynb #e0c157b8
@@ -559,26 +502,16 @@ def hash_files(
         seen = s.st_size, s.st_mtime_ns
         return path, known[path] if path in known and known[path][:2] == seen else (*seen, file_digest(root / path))
 
-    out, note = {}, open(journal, 'a', encoding='utf-8', newline='\n') if journal else None
-    try:
-        if note and journal.stat().st_size:
-            note.write('\n')  # ends a torn line
-        with ThreadPoolExecutor(workers) as pool:
-            for path, row in tqdm(
-                pool.map(one, paths),
-                total=len(paths),
-                disable=not progress,
-                file=sys.stderr,
-                leave=False,
-                desc='hashing',
-            ):
-                out[path] = row
-                if note and known.get(path) != row:
-                    note.write('\t'.join(map(str, (*row, path))) + '\n')
-                    note.flush()
-    finally:
-        if note:
-            note.close()
+    out, note = {}, open(journal, 'a', encoding='utf-8', newline='\n') if journal else nullcontext()
+    quiet = dict(disable=not progress, file=sys.stderr, leave=False)
+    with note as lines, ThreadPoolExecutor(workers) as pool:
+        if lines and journal.stat().st_size:
+            lines.write('\n')  # ends a torn line
+        for path, row in tqdm(pool.map(one, paths), 'hashing', len(paths), **quiet):
+            out[path] = row
+            if lines and known.get(path) != row:
+                lines.write('\t'.join(map(str, (*row, path))) + '\n')
+                lines.flush()
     return out
 
 # %% ../../nbs/appendix/data/download.ipynb #45d38da6

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK_BITS', 'GEOMETRY', 'GUARD', 'to_store', 'to_original', 'squash', 'pixel_span', 'boxes_mask', 'read_mask',
-           'unknown', 'box_frame', 'decode', 'file_digests', 'check_table', 'column_kind', 'store_table', 'fault',
-           'decode_chunk', 'start_worker', 'refuse_inside_start', 'worker_pool', 'run_chunks', 'decode_all',
+           'unknown', 'box_frame', 'decode', 'file_digests', 'boxes_fit', 'check_table', 'column_kind', 'store_table',
+           'fault', 'decode_chunk', 'start_worker', 'refuse_inside_start', 'worker_pool', 'run_chunks', 'decode_all',
            'journal_rows', 'Pool', 'locked', 'libraries', 'finished_rows', 'write_rows', 'assemble', 'Store',
            'open_store', 'report_bad', 'fill_pool', 'check_target', 'is_store', 'build_into', 'build_store']
 
@@ -190,44 +190,31 @@ def file_digests(
         write_json(cache, known | fresh)
     return [e[3] if e else '' for e in found]
 
+# %% ../../nbs/appendix/data/store.ipynb #1ff9cc75
+def boxes_fit(boxes, h: float, w: float) -> bool:  # (n,4) x, y, width, height; the frame, inf where it is not known
+    "Do all boxes have a size, and touch a frame that has one?"
+    corner, size = boxes[:, :2], boxes[:, 2:]
+    inside = (corner + size > 0).all() and (corner < [w, h]).all()
+    return bool(h > 0 and w > 0 and np.isfinite(boxes).all() and (size > 0).all() and inside)
+
 # %% ../../nbs/appendix/data/store.ipynb #b4ac986d
 def check_table(images: pd.DataFrame):  # a cohort's table
     "Refuse an empty table, repeated ids and impossible boxes; the error names the image."
+    bad = lambda problem, field, hint, file=None: InputError(problem, file=file, field=field, hint=hint)
     if missing := [c for c in ('image', 'path', 'boxes', 'height', 'width') if c not in images]:
-        raise InputError(
-            f'no column {", ".join(missing)}', field='cohort', hint='read it with cxrpaper.cohort.read_cohort'
-        )
+        raise bad(f'no column {", ".join(missing)}', 'cohort', 'read it with cxrpaper.data.readers.read_cohort')
     if images.empty:
-        raise InputError('no images', field='cohort', hint='check the folder and the rules that drop rows')
+        raise bad('no images', 'cohort', 'check the folder and the rules that drop rows')
     if (twice := images.image[images.image.duplicated()]).size:
-        raise InputError(
-            f'{twice.size} ids occur twice, {twice.iloc[0]} first', field='image', hint='keep one row per image'
-        )
+        raise bad(f'{twice.size} ids occur twice, {twice.iloc[0]} first', 'image', 'keep one row per image')
     for r in images.itertuples():
         if not r.path:
-            raise InputError(
-                'has no path: the corpus was read from tables only',
-                file=str(r.image),
-                field='path',
-                hint='read the folder that holds the radiographs',
-            )
-        b = np.asarray(r.boxes, float).reshape(-1, 4)
+            problem, hint = 'has no path: the corpus was read from tables only', 'read the folder with the radiographs'
+            raise bad(problem, 'path', hint, str(r.image))
         h, w = (math.inf, math.inf) if unknown(r.height, r.width) else (r.height, r.width)
-        ok = (
-            h > 0
-            and w > 0
-            and np.isfinite(b).all()
-            and (b[:, 2:] > 0).all()
-            and (b[:, :2] + b[:, 2:] > 0).all()
-            and (b[:, :2] < [w, h]).all()
-        )
-        if not ok:
-            raise InputError(
-                f'not all boxes of {b.tolist()} lie in a frame of {w} x {h}',
-                file=str(r.path),
-                field='boxes',
-                hint='give x, y, width, height in pixels of the frame',
-            )
+        if not boxes_fit(b := np.asarray(r.boxes, float).reshape(-1, 4), h, w):
+            hint = 'give x, y, width, height in pixels of the frame'
+            raise bad(f'not all boxes of {b.tolist()} lie in a frame of {w} x {h}', 'boxes', hint, str(r.path))
 
 # %% ../../nbs/appendix/data/store.ipynb #01f97e81
 def column_kind(column: pd.Series) -> str:  # 'bool', 'int', 'float' or 'text'

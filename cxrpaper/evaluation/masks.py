@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from ..data.store import pixel_span
-from .metrics import DEFAULT, Resampling, estimate, estimated_difference, resampled_units
+from .metrics import DEFAULT, UNITS, Resampling, estimate, estimated_difference, resampled_units
 from ..runs import InputError, atomic, resolve, show_path
 from ..schema import CLASSES
 
@@ -121,38 +121,23 @@ def _check_masks(logits, masks, boxes, images):
     "Do the four inputs of `score_masks` belong together?"
     bad = lambda problem, field, hint: InputError(problem, field=field, hint=hint)
     if missing := [c for c in (*_IDENTITY, 'annotated') if c not in images]:
-        raise bad(
-            f'no column {", ".join(missing)}',
-            'images',
-            'take them from the table of the store; annotated says whose mask can be believed',
-        )
+        hint = 'take them from the table of the store; annotated says whose mask can be believed'
+        raise bad(f'no column {", ".join(missing)}', 'images', hint)
     if (empty := images[list(_IDENTITY)].isna().any()).any():
-        raise bad(
-            'empty in some rows',
-            f'images, column {empty.idxmax()}',
-            'every row says whose image it is and how it was used',
-        )
+        field, hint = f'images, column {empty.idxmax()}', 'every row says whose image it is and how it was used'
+        raise bad('empty in some rows', field, hint)
     if not images.annotated.isin([True, False]).all():
-        raise bad(
-            'neither True nor False in some rows',
-            'images, column annotated',
-            'read the table with open_store or load_cohort',
-        )
+        hint = 'read the table with open_store or load_cohort'
+        raise bad('neither True nor False in some rows', 'images, column annotated', hint)
     if logits.ndim != 3:
         raise bad(f'shape {logits.shape}', 'logits', 'give (images, px, px): drop the channel axis')
     if masks.shape != logits.shape:
-        raise bad(
-            f'shape {masks.shape}, but the logits have {logits.shape}',
-            'masks',
-            'predict at the size of the store, with one mask per image',
-        )
+        hint = 'predict at the size of the store, with one mask per image'
+        raise bad(f'shape {masks.shape}, but the logits have {logits.shape}', 'masks', hint)
     for name, x in (('boxes', boxes), ('images', images)):
         if len(x) != len(logits):
-            raise bad(
-                f'{len(x)} rows for {len(logits)} predicted masks',
-                name,
-                'give one row per predicted mask, in the same order',
-            )
+            hint = 'give one row per predicted mask, in the same order'
+            raise bad(f'{len(x)} rows for {len(logits)} predicted masks', name, hint)
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #dbaa928f
 def _check_values(logits, masks, boxes, images):
@@ -339,34 +324,22 @@ def _check_run(run, name, leaky):
     if not isinstance(run, MaskScores):
         raise bad(f'a {type(run).__name__}', 'seeds', 'give one list of MaskScores (one a fold) for each seed')
     if not len(run):
-        raise bad(
-            'no annotated image',
-            'annotated',
-            'masks can be judged on annotated images only: check the column, or leave this corpus out',
-        )
+        hint = 'masks can be judged on annotated images only: check the column, or leave this corpus out'
+        raise bad('no annotated image', 'annotated', hint)
     t = run.images
     for split in ('val', 'test'):
         if not (t.split == split).any():
-            raise bad(
-                f'no {split} rows',
-                'split',
-                'score the val images (they choose the threshold) and the test images of the fold',
-            )
+            hint = 'score the val images (they choose the threshold) and the test images of the fold'
+            raise bad(f'no {split} rows', 'split', hint)
     if t.fold.nunique() > 1:
-        raise bad(
-            f'folds {", ".join(map(str, sorted(t.fold.unique())))}',
-            'fold',
-            'give the folds as separate runs: each has its own threshold',
-        )
+        problem = f'folds {", ".join(map(str, sorted(t.fold.unique())))}'
+        raise bad(problem, 'fold', 'give the folds as separate runs: each has its own threshold')
     if t.image.duplicated().any():
         raise bad(f'{t.image[t.image.duplicated()].iloc[0]} is there twice', 'image', 'score every image once')
     for c in () if leaky else ('patient', 'group'):
         if both := set(t[c][t.split == 'val']) & set(t[c][t.split == 'test']):
-            raise bad(
-                f'{min(both)} is in val and test',
-                c,
-                'split by patient (cohort.assign_folds), or say leaky=True where leakage is what is measured',
-            )
+            hint = 'split by patient (data.folds.assign_folds), or say leaky=True where leakage is what is measured'
+            raise bad(f'{min(both)} is in val and test', c, hint)
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #1bcddca9
 def _judge(run, name):  # -> the test images of a run, and the same at its threshold
@@ -400,6 +373,17 @@ def _sums(rows, scores, unit, n_units, by):  # rows: at_threshold of scores
     count = (lambda m: m.sum()) if by == 'image' else (lambda m: rows.study[m].nunique())
     return ratios, pixels, np.array([count(m) for m in members]), np.array([len(np.unique(unit[m])) for m in members])
 
+# %% ../../nbs/appendix/evaluation/masks.ipynb #97394acb
+def _in_order(runs, name) -> tuple:  # scores and rows of the test images, by image
+    "The test images of all folds, each judged at its fold's threshold; InputError where one is tested twice."
+    tests, rows = zip(*(_judge(r, f'{name}, run {i}') for i, r in enumerate(runs)))
+    scores, rows = join(tests), pd.concat(rows, ignore_index=True)
+    if (twice := rows.image[rows.image.duplicated()]).size:
+        problem, hint = f'{twice.iloc[0]} is tested in two runs', 'give each fold of the seed once'
+        raise InputError(problem, file=name, field='image', hint=hint)
+    order = np.argsort(rows.image.astype(str).to_numpy(), kind='stable')
+    return scores.take(order), rows.iloc[order].reset_index(drop=True)
+
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900052
 def mask_cases(
     runs,  # list of MaskScores, one per fold of a seed
@@ -409,42 +393,23 @@ def mask_cases(
     name: str = 'seed 0',  # in errors
 ) -> MaskCases:
     "The test images of one seed, each judged at the threshold of its own fold, ready to be resampled."
-    for v, field, known in ((unit, 'unit', ('group', 'patient', 'study', 'image')), (by, 'by', ('image', 'study'))):
+    bad = lambda problem, field, hint: InputError(problem, file=name, field=field, hint=hint)
+    for v, field, known in ((unit, 'unit', UNITS), (by, 'by', ('image', 'study'))):
         if v not in known:
             raise InputError(f'{v!r} is not known', field=field, hint=f'use {", ".join(known[:-1])} or {known[-1]}')
     runs = [runs] if isinstance(runs, MaskScores) else list(runs)
     if not runs:
-        raise InputError(
-            'no runs', file=name, field='seeds', hint='give one list of MaskScores (one a fold) for each seed'
-        )
+        raise bad('no runs', 'seeds', 'give one list of MaskScores (one a fold) for each seed')
     for i, r in enumerate(runs):
         _check_run(r, f'{name}, run {i}', leaky)
-    tests, rows = zip(*(_judge(r, f'{name}, run {i}') for i, r in enumerate(runs)))
-    scores, rows = join(tests), pd.concat(rows, ignore_index=True)
-    if rows.image.duplicated().any():
-        raise InputError(
-            f'{rows.image[rows.image.duplicated()].iloc[0]} is tested in two runs',
-            file=name,
-            field='image',
-            hint='give each fold of the seed once',
-        )
-    order = np.argsort(rows.image.astype(str).to_numpy(), kind='stable')
-    scores, rows = scores.take(order), rows.iloc[order].reset_index(drop=True)
+    scores, rows = _in_order(runs, name)
     names, code = np.unique(rows[unit].astype(str), return_inverse=True)
     if len(names) < 2:
-        raise InputError(
-            f'{len(names)} {unit} in the test images: an interval needs at least 2',
-            file=name,
-            field=unit,
-            hint='evaluate more patients',
-        )
+        problem = f'{len(names)} {unit} in the test images: an interval needs at least 2'
+        raise bad(problem, unit, 'evaluate more patients')
     if by == 'study' and (n := pd.Series(code).groupby(rows.study).nunique()).gt(1).any():
-        raise InputError(
-            f'study {n.idxmax()} belongs to several {unit}s',
-            file=name,
-            field='study',
-            hint='resample patients, or use by="image"',
-        )
+        problem = f'study {n.idxmax()} belongs to several {unit}s'
+        raise bad(problem, 'study', 'resample patients, or use by="image"')
     images = rows[['image', 'label', 'n_boxes']].assign(unit=code, empty=rows.true_area == 0)
     return MaskCases(images, len(names), *_sums(rows, scores, code, len(names), by))
 

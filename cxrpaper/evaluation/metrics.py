@@ -206,8 +206,8 @@ def confusion(
 
 def recall_f1(c: np.ndarray) -> tuple:  # (B,K,K) -> recall (B,K), F1 (B,K)
     "Recall and F1 of each class; NaN where no image of the class is there, 0 where it is there and never found."
-    hit, true, called = np.diagonal(c, axis1=1, axis2=2), c.sum(2), c.sum(1)
-    return _share(hit, true), np.where(true > 0, _share(2 * hit, true + called), np.nan)
+    hit, true, predicted = np.diagonal(c, axis1=1, axis2=2), c.sum(2), c.sum(1)
+    return _share(hit, true), np.where(true > 0, _share(2 * hit, true + predicted), np.nan)
 
 # %% ../../nbs/05_metrics.ipynb #ebcead8c
 def study_level(
@@ -361,6 +361,19 @@ class Cases:
         named = [k for k, c in enumerate(CLASSES) if c in metric] or range(len(CLASSES))
         return self.n_units if metric == 'accuracy' else min(len(np.unique(self.unit[self.y == k])) for k in named)
 
+# %% ../../nbs/05_metrics.ipynb #641ec742
+def _studies(df, code, unit, run) -> tuple:  # label (S,), probabilities (S,4), unit (S,) of each study
+    "The studies of the images; InputError where one belongs to several units."
+    st, of = study_level(df, run), pd.Series(code, index=df.study.to_numpy()).groupby(level=0)
+    if of.nunique().gt(1).any():
+        problem, hint = (
+            f'study {of.nunique().idxmax()} belongs to several {unit}s',
+            'make study ids unique to a patient',
+        )
+        raise InputError(problem, file=run, field='study', hint=hint)
+    p = st[[f'p_{k}' for k in range(len(CLASSES))]].to_numpy()
+    return st.label.to_numpy(int), p, of.first()[st.study].to_numpy()
+
 # %% ../../nbs/05_metrics.ipynb #57a570dd
 def read_cases(
     df: pd.DataFrame,  # predictions
@@ -372,32 +385,14 @@ def read_cases(
     "The checked rows of one seed, ready to be resampled."
     run = run or df.attrs.get('run', 'predictions')
     df = check_predictions(df, run, leaky)
-    if unit not in ('group', 'patient', 'study', 'image'):
-        raise InputError(f'{unit!r} is not a unit', file=run, field='unit', hint='use group, patient, study or image')
+    if unit not in UNITS:
+        raise InputError(f'{unit!r} is not a unit', file=run, field='unit', hint=f'use one of {", ".join(UNITS)}')
     df = df[df.split == split].sort_values('image', kind='stable')
     names, code = np.unique(df[unit].astype(str), return_inverse=True)
     if len(names) < 2:
-        raise InputError(
-            f'{len(names)} {unit} in split {split!r}: an interval needs at least 2',
-            file=run,
-            field=unit,
-            hint='evaluate more patients',
-        )
-    studies = None
-    if unit != 'image':
-        st, of = study_level(df, run), pd.Series(code, index=df.study.to_numpy()).groupby(level=0)
-        if of.nunique().gt(1).any():
-            raise InputError(
-                f'study {of.nunique().idxmax()} belongs to several {unit}s',
-                file=run,
-                field='study',
-                hint='make study ids unique to a patient',
-            )
-        studies = (
-            st.label.to_numpy(int),
-            st[[f'p_{k}' for k in range(len(CLASSES))]].to_numpy(),
-            of.first()[st.study].to_numpy(),
-        )
+        problem = f'{len(names)} {unit} in split {split!r}: an interval needs at least 2'
+        raise InputError(problem, file=run, field=unit, hint='evaluate more patients')
+    studies = None if unit == 'image' else _studies(df, code, unit, run)
     return Cases(df.image.astype(str).to_numpy(), df.label.to_numpy(int), probabilities(df), code, len(names), studies)
 
 # %% ../../nbs/05_metrics.ipynb #a2ddeaa1

@@ -105,31 +105,23 @@ def write_table(
     "Write a table as csv, md and tex with its json of provenance; reported numbers also as `<name>_reported.csv`."
     out = resolve(out)
     said = beside(name, long, reported)
-    file = out / f'{name}_reported.csv'
-    parts = [b.to_markdown(index=False, disable_numparse=True) for b in blocks] + (
-        [BESIDE, readable(said).to_markdown(index=False, disable_numparse=True)] if len(said) else []
-    )
+    file, more_files = out / f'{name}_reported.csv', []
+    parts = [b.to_markdown(index=False, disable_numparse=True) for b in blocks]
+    tex = '\n'.join(b.to_latex(index=False, escape=True) for b in blocks)
+    if len(said):
+        both = readable(said)
+        parts += [BESIDE, both.to_markdown(index=False, disable_numparse=True)]
+        tex += f'\n% {BESIDE}\n{both.to_latex(index=False, escape=True)}'
+        write_csv(file, said)
+        more, more_files = more | dict(reported=reported.attrs['file']), [file]
+    else:
+        file.unlink(missing_ok=True)
     md = f'{caption}\n\n' + '\n\n'.join(parts) + '\n'
-    tex = '\n'.join(b.to_latex(index=False, escape=True) for b in blocks) + (
-        f'\n% {BESIDE}\n{readable(said).to_latex(index=False, escape=True)}' if len(said) else ''
-    )
     write_csv(out / f'{name}.csv', long)
     for ending, text in (('md', md), ('tex', f'% {caption}\n{tex}')):
         with atomic(out / f'{name}.{ending}') as tmp:
             tmp.write_text(text, encoding='utf-8')
-    if len(said):
-        write_csv(file, said)
-    else:
-        file.unlink(missing_ok=True)
-    sidecar(
-        name,
-        caption,
-        runs,
-        [out / f'{name}.{e}' for e in ('csv', 'md', 'tex')] + ([file] if len(said) else []),
-        out,
-        **more,
-        **(dict(reported=reported.attrs['file']) if len(said) else {}),
-    )
+    sidecar(name, caption, runs, [out / f'{name}.{e}' for e in ('csv', 'md', 'tex')] + more_files, out, **more)
     return md
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #3a9743c2

@@ -54,6 +54,17 @@ def as_text(v) -> str:  # 0.10 and '.1' are one share, missing is empty
     except ValueError:
         return str(v).strip()
 
+# %% ../../nbs/appendix/evaluation/reported.ipynb #f942d09d
+def _check_values(t):  # lines of the file
+    "Fractions between 0 and 1, but for counts; below zero only where a difference is reported."
+    number = pd.to_numeric(t.value, errors='coerce')
+    refuse(t, ~np.isfinite(number), 'value', 'not a number', 'write it with a point, such as 0.5')
+    count, signed = t.table == 'table1', (t.table == 'table8') | t.metric.str.startswith('difference_')
+    hint = 'metrics lie between 0 and 1: divide percentages by 100'
+    refuse(t, ~count & (number.abs() > 1), 'value', 'not a fraction', hint)
+    hint = 'only a difference can be negative; its metric begins with difference_'
+    refuse(t, ~signed & (number < 0), 'value', 'below zero', hint)
+
 # %% ../../nbs/appendix/evaluation/reported.ipynb #f420503b
 def read_reported(
     path,  # of the csv file
@@ -61,42 +72,17 @@ def read_reported(
 ) -> pd.DataFrame:  # COLUMNS, line; only those of this study; attrs['others']: number of the other lines
     "The reported numbers that belong to a study; InputError names the line and the hint."
     t = read_lines(path)
-    refuse(
-        t,
-        ~t.study.isin(names := study_names() | {study['name']}),
-        'study',
-        'not the name of a study file',
-        f'use one of {", ".join(sorted(names))}',
-    )
+    names = study_names() | {study['name']}
+    hint = f'use one of {", ".join(sorted(names))}'
+    refuse(t, ~t.study.isin(names), 'study', 'not the name of a study file', hint)
     refuse(t, ~t.table.isin(TABLES), 'table', 'no such table', f'use one of {", ".join(TABLES)}')
     refuse(t, t.source == '', 'source', 'no source', 'say where the number was read')
-    number = pd.to_numeric(t.value, errors='coerce')
-    finite = np.isfinite(number)
-    refuse(t, ~finite, 'value', 'not a number', 'write it with a point, such as 0.5')
-    count, signed = t.table == 'table1', (t.table == 'table8') | t.metric.str.startswith('difference_')
-    refuse(
-        t,
-        ~count & (number.abs() > 1),
-        'value',
-        'not a fraction',
-        'metrics lie between 0 and 1: divide percentages by 100',
-    )
-    refuse(
-        t,
-        ~signed & (number < 0),
-        'value',
-        'below zero',
-        'only a difference can be negative; its metric begins with difference_',
-    )
+    _check_values(t)
     refuse(t, t.duplicated(['study', 'table', *KEY]), 'row', 'a second number for the same cell', 'keep one of the two')
     mine = t.study == study['name']
-    refuse(
-        t,
-        mine & ~t.table.isin(made_tables(study)),
-        'table',
-        f'study {study["name"]} does not make this table',
-        f'it makes {", ".join(made_tables(study))}',
-    )
+    made = made_tables(study)
+    problem, hint = f'study {study["name"]} does not make this table', f'it makes {", ".join(made)}'
+    refuse(t, mine & ~t.table.isin(made), 'table', problem, hint)
     out = t[mine].reset_index(drop=True)
     out.attrs = dict(file=show_path(path), others=int((~mine).sum()))
     return out
@@ -177,35 +163,24 @@ def readable(
     "The comparison as it stands under a table."
 
     def number(v, r, sign=''):
-        return (
-            'n/a'
-            if not np.isfinite(v)
-            else f'{v:{sign}g}'
-            if max(abs(r.reported), abs(r.ours)) > 1
-            else f'{v:{sign}.3f}'
-        )
+        if not np.isfinite(v):
+            return 'n/a'
+        return f'{v:{sign}g}' if max(abs(r.reported), abs(r.ours)) > 1 else f'{v:{sign}.3f}'
 
     def name(r):
-        return (
-            r.row
-            + (f', {float(r.labels):.0%} of the labels' if r.labels else '')
-            + (f', minus {r.than}' if r.than else '')
-        )
+        labels = f', {float(r.labels):.0%} of the labels' if r.labels else ''
+        return r.row + labels + (f', minus {r.than}' if r.than else '')
 
-    def ours(r):
-        return number(r.ours, r) + (f' ({r.lo:.3f} to {r.hi:.3f})' if r.within != 'no interval' else '')
+    def line(r):
+        span = f' ({r.lo:.3f} to {r.hi:.3f})' if r.within != 'no interval' else ''
+        return {
+            'model': name(r),
+            'metric': r.metric,
+            'reported': number(r.reported, r),
+            'ours': number(r.ours, r) + span,
+            'ours - reported': number(r.difference, r, '+'),
+            'within': r.within,
+            'source': r.source,
+        }
 
-    return pd.DataFrame(
-        [
-            {
-                'model': name(r),
-                'metric': r.metric,
-                'reported': number(r.reported, r),
-                'ours': ours(r),
-                'ours - reported': number(r.difference, r, '+'),
-                'within': r.within,
-                'source': r.source,
-            }
-            for r in b.itertuples()
-        ]
-    )
+    return pd.DataFrame([line(r) for r in b.itertuples()])

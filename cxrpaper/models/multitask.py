@@ -135,13 +135,8 @@ class MultiTaskLoss(nn.Module):
         uncertainty: bool = False,
     ):  # learn the balance (Kendall et al. 2018); seg_weight is then not used
         super().__init__()
-        self.classification, self.seg_weight, self.dice_share, self.stage, self.terms = (
-            classification,
-            seg_weight,
-            dice_share,
-            'joint',
-            {},
-        )
+        self.classification, self.seg_weight, self.dice_share = classification, seg_weight, dice_share
+        self.stage, self.terms = 'joint', {}
         self.log_variance = nn.Parameter(torch.zeros(2)) if uncertainty else None
 
     def forward(
@@ -156,9 +151,8 @@ class MultiTaskLoss(nn.Module):
         s = (1 - self.dice_share) * bce + self.dice_share * dice
         self.terms = dict(class_loss=c.detach(), bce=bce.detach(), dice=dice.detach())
         if self.log_variance is not None:
-            there = torch.stack(
-                [(target >= 0).any(), annotated.any()]
-            )  # a task that is absent from the batch has no say in its variance
+            # a task that is absent from the batch has no say in its variance
+            there = torch.stack([(target >= 0).any(), annotated.any()])
             self.terms |= dict(zip(('weight_class', 'weight_seg'), (-self.log_variance).exp().detach()))
             c, s = ((-self.log_variance).exp() * torch.stack([c, s]) + self.log_variance / 2) * there
         elif self.stage == 'joint':
@@ -210,12 +204,8 @@ class SegmentationTargets:
     ):  # of the exchange
         if kind not in MASKS:
             raise InputError(f'{kind!r} is not known', field='masks', hint=f'use one of {", ".join(MASKS)}')
-        self.masks, self.annotated, self.kind, self.source = (
-            masks,
-            np.asarray(annotated, bool),
-            kind,
-            np.arange(len(masks)),
-        )
+        self.masks, self.annotated, self.kind = masks, np.asarray(annotated, bool), kind
+        self.source = np.arange(len(masks))
         if kind == 'shuffled':
             some = np.array([i for i in rows if self.annotated[i] and masks[i].any()])
             self.source[some] = exchange(some, np.asarray(labels)[some], np.asarray(patients)[some], seed)

@@ -27,6 +27,23 @@ def input_statistics(
         return 0.5, 0.5
     return tuple(float(np.mean(v)) for v in (cfg.mean, cfg.std))
 
+# %% ../../nbs/02_models.ipynb #f598bb5c
+def _feature_network(arch, in_chans, output_stride):
+    "timm's network of `arch` that gives its maps; InputError where there is none, or where it cannot be dilated."
+    stride = {} if output_stride == 32 else dict(output_stride=output_stride)
+    try:
+        return timm.create_model(arch, features_only=True, in_chans=in_chans, pretrained=False, **stride)
+    except (RuntimeError, AttributeError, ValueError, TypeError) as e:
+        if stride:
+            raise InputError(
+                f'{arch} cannot be dilated to 1/{output_stride}',
+                field='arch',
+                hint='use another arch, or a decoder other than deeplabv3plus',
+            ) from None
+        near = difflib.get_close_matches(arch, timm.list_models(), 3)
+        hint = f'use a timm name{" such as " + ", ".join(near) if near else ""}'
+        raise InputError(f'{arch!r} cannot be built ({e})', field='arch', hint=hint) from None
+
 # %% ../../nbs/02_models.ipynb #c78ea67f
 class Encoder(nn.Module):
     "A timm network without its head: gray in [0, 1] to feature maps of falling resolution."
@@ -38,22 +55,7 @@ class Encoder(nn.Module):
         output_stride: int = 32,
     ):  # input pixels per point of the last map; below 32 the last stage is dilated, its weights are the same
         super().__init__()
-        stride = {} if output_stride == 32 else dict(output_stride=output_stride)
-        try:
-            self.model = timm.create_model(arch, features_only=True, in_chans=in_chans, pretrained=False, **stride)
-        except (RuntimeError, AttributeError, ValueError, TypeError) as e:
-            if stride:
-                raise InputError(
-                    f'{arch} cannot be dilated to 1/{output_stride}',
-                    field='arch',
-                    hint='use another arch, or a decoder other than deeplabv3plus',
-                ) from None
-            near = difflib.get_close_matches(arch, timm.list_models(), 3)
-            raise InputError(
-                f'{arch!r} cannot be built ({e})',
-                field='arch',
-                hint=f'use a timm name{" such as " + ", ".join(near) if near else ""}',
-            ) from None
+        self.model = _feature_network(arch, in_chans, output_stride)
         self.arch, self.in_chans, self.precision = arch, in_chans, None
         self.channels = self.model.feature_info.channels()  # channels of each map
         self.reductions = self.model.feature_info.reduction()  # input pixels per map pixel

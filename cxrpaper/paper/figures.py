@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'PRETRAINED', 'examples', 'draw_radiograph_with_boxes', 'figure_examples', 'figure_curves',
-           'successes_and_failures', 'draw_prediction', 'figure_masks', 'weight_sweep', 'figure_sweep', 'figure_labels',
-           'leading']
+           'successes_and_failures', 'draw_prediction', 'figure_masks', 'weight_sweep', 'figure_sweep', 'draw_labels',
+           'figure_labels', 'leading']
 
 # %% ../../nbs/07_figures.ipynb #d3290a4c
 from itertools import cycle
@@ -115,16 +115,9 @@ def draw_prediction(
     axs, row, cohort, model, px, step
 ):  # two axes; a row of the cohort's table; the model and the side of its input; step of the threshold
     "The radiograph with its boxes or drawn mask, and with the predicted probabilities and their outline."
-    image, true = decode(
-        dict(
-            file=cohort.root / row.path,
-            mask_file=cohort.root / row.mask_path if row.mask_path else '',
-            boxes=row.boxes,
-            height=row.height,
-            width=row.width,
-        ),
-        px,
-    )[:2]
+    mask = cohort.root / row.mask_path if row.mask_path else ''
+    about = dict(mask_file=mask, boxes=row.boxes, height=row.height, width=row.width)
+    image, true = decode(dict(file=cohort.root / row.path) | about, px)[:2]
     z = model(torch.tensor(image / 255, dtype=torch.float32)[None, None])[1][0, 0]
     extent = (0, row.width, row.height, 0)
     x, y = ((np.arange(px) + 0.5) * s / px for s in (row.width, row.height))
@@ -154,20 +147,13 @@ def figure_masks(cohort, run):  # a cohort, a finished multi-task run
         for line, (c, pair) in zip(axs, chosen.items()):
             for two, i, word in zip((line[:2], line[2:]), pair, ('success', 'failure')):
                 draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px, step)
-                two[0].set_title(
-                    f'{word}: ' + (f'Dice {t.dice[i]:.2f}' if np.isfinite(t.dice[i]) else f'{t.area[i]:.1%} drawn'),
-                    loc='left',
-                )
-            line[0].set_ylabel(
-                f"{c}\nn = {int(((t.label == CLASSES.index(c)) & (t.dice.notna() | (t.label == 0))).sum())}"
-            )
+                score = f'Dice {t.dice[i]:.2f}' if np.isfinite(t.dice[i]) else f'{t.area[i]:.1%} drawn'
+                two[0].set_title(f'{word}: {score}', loc='left')
+            counted = (t.label == CLASSES.index(c)) & (t.dice.notna() | (t.label == 0))
+            line[0].set_ylabel(f'{c}\nn = {int(counted.sum())}')
         dark_edge(axs)
-        fig.colorbar(
-            mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), 'viridis'),
-            ax=axs.ravel().tolist(),
-            shrink=0.4,
-            label='predicted probability',
-        )
+        colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), 'viridis')
+        fig.colorbar(colours, ax=axs.ravel().tolist(), shrink=0.4, label='predicted probability')
         plt.close(fig)
     return fig, {c: [t.image[i] for i in pair] for c, pair in chosen.items()}
 
@@ -196,21 +182,11 @@ def figure_sweep(study, how: Resampling = DEFAULT):
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.6))
         for ax, d, first in zip(axs, (auc, dice), (0, 1)):
-            ax.errorbar(
-                np.arange(len(d)) + first,
-                d.value,
-                yerr=[d.value - d.lo, d.hi - d.value],
-                fmt='o-',
-                color='0.15',
-                capsize=3,
-                ms=4,
-            )
-            ax.set(
-                xticks=range(len(rows)),
-                xticklabels=['0\n(single-task)', *(f'{w:g}' for w, _ in rows[1:])],
-                xlim=(-0.4, len(rows) - 0.6),
-                xlabel='weight of the segmentation loss',
-            )
+            error = [d.value - d.lo, d.hi - d.value]
+            ax.errorbar(np.arange(len(d)) + first, d.value, error, fmt='o-', color='0.15', capsize=3, ms=4)
+            names = ['0\n(single-task)', *(f'{w:g}' for w, _ in rows[1:])]
+            ax.set(xticks=range(len(rows)), xticklabels=names, xlim=(-0.4, len(rows) - 0.6))
+            ax.set_xlabel('weight of the segmentation loss')
         axs[0].axhline(auc.value[0], color='0.6', ls=':', lw=0.8)
         axs[0].set(ylabel='macro AUC', title=f'classification, n = {int(auc.n[0])} images')
         axs[1].axhspan(prior.lo, prior.hi, color='#E69F00', alpha=0.2, lw=0)
@@ -232,6 +208,15 @@ LOOKS = [  # colour, marker, line: told apart in gray and by the colour-blind
 ]
 PRETRAINED = {m.title: look for m, look in zip(METHODS.values(), cycle(LOOKS))}
 
+# %% ../../nbs/07_figures.ipynb #c989c50b
+def draw_labels(
+    ax, g, kind: str, aside: float
+):  # g: lines of one pre-training; aside: factor, so that they stand side by side
+    "Macro AUC of one pre-training over the shares of the labels."
+    colour, marker, line = PRETRAINED[kind]
+    style = dict(color=colour, marker=marker, ls=line, ms=4, capsize=2, elinewidth=0.7)
+    ax.errorbar(g.labels * aside, g.value, [g.value - g.lo, g.hi - g.value], label=kind, **style)
+
 # %% ../../nbs/07_figures.ipynb #c5073950
 def figure_labels(
     long: pd.DataFrame,  # from `tables.label_evaluations`: row, labels, n_train, metric, value, lo, hi, n
@@ -245,31 +230,15 @@ def figure_labels(
         for ax, how in zip(axs, modes):
             here = m[m.row.str.endswith(how)]
             for i, (name, g) in enumerate(here.groupby('row', sort=False)):
-                kind = name.split(',')[0]
-                colour, marker, line = PRETRAINED[kind]
-                g = g.sort_values('labels')
-                x = g.labels * 1.05 ** (i - 1)  # side by side
-                ax.errorbar(
-                    x,
-                    g.value,
-                    yerr=[g.value - g.lo, g.hi - g.value],
-                    color=colour,
-                    marker=marker,
-                    ls=line,
-                    ms=4,
-                    capsize=2,
-                    elinewidth=0.7,
-                    label=kind,
-                )
+                draw_labels(ax, g.sort_values('labels'), name.split(',')[0], 1.05 ** (i - 1))
             ticks = here.drop_duplicates('labels').sort_values('labels')
             ax.set_xscale('log')
             ax.set_xticks(ticks.labels, [f'{f:.0%}\nn = {n:.0f}' for f, n in zip(ticks.labels, ticks.n_train)])
             ax.minorticks_off()
             ax.axhline(0.5, color='0.8', lw=0.8, zorder=0)
             ax.set(xlabel='labels of the training patients', title=f'{how} ({int(m.n.max())} test images)')
-            ax.legend(
-                loc='upper center', bbox_to_anchor=(0.5, -0.3), ncols=4, fontsize=6, columnspacing=1, handletextpad=0.4
-            )
+            below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.3), ncols=4, fontsize=6)
+            ax.legend(**below, columnspacing=1, handletextpad=0.4)
         axs[0].set_ylabel('macro AUC')
         plt.close(fig)
     return fig

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'ROWS', 'MORE', 'DIGESTS', 'execution', 'executed', 'link', 'wall', 'jobs_table', 'fold', 'index_html',
-           'order', 'artefacts', 'made_by', 'runs_html', 'page_of', 'audit', 'overview', 'matches', 'runs_of',
-           'table_cells', 'run_record', 'origin', 'where', 'describe_run', 'where_text', 'where_command', 'pages',
-           'compare_folders', 'verify', 'verify_command']
+           'order', 'artefacts', 'made_by', 'runs_html', 'page_of', 'audit', 'cautions', 'overview', 'matches',
+           'runs_of', 'table_cells', 'run_record', 'origin', 'where', 'describe_run', 'number_text', 'where_text',
+           'where_command', 'pages', 'compare_folders', 'verify', 'verify_command']
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #9ca5499d
 import argparse
@@ -227,94 +227,86 @@ def page_of(t, jobs, at) -> str:  # a row of `artefacts`; from `executed`; markd
     source = made_by(t.name)
     body = t.caption if t.name.startswith(('table', 'figure')) else ''
     if 'png' in files:
-        body += (
-            f'\n\n<img src="{quote(Path(os.path.relpath(files["png"], resolve(at))).as_posix())}" alt="{t.name}" width="760">'
-            if files['png'].exists()
-            else '\n\n(its picture is missing)'
-        )
+        place = quote(Path(os.path.relpath(files['png'], resolve(at))).as_posix())
+        picture = f'<img src="{place}" alt="{t.name}" width="760">'
+        body += f'\n\n{picture}' if files['png'].exists() else '\n\n(its picture is missing)'
     elif t.name.startswith('table') and 'md' in files and files['md'].exists():
         body = files['md'].read_text(encoding='utf-8').strip()
     run = jobs[(jobs.notebook == source) & (jobs.status == 'done')]
-    made = (
-        f'made by {link(project_root() / "nbs" / source, source, at)}'
-        + (
-            f', executed {link(run.path.iloc[-1], run.job.iloc[-1], at)} ({run.when.iloc[-1]} UTC)'
-            if len(run)
-            else ', no executed copy of it is here'
-        )
-        if source
-        else 'no notebook writes it'
-    )
+    made = 'no notebook writes it'
+    if source:
+        copy = ', no executed copy of it is here'
+        if len(run):
+            copy = f', executed {link(run.path.iloc[-1], run.job.iloc[-1], at)} ({run.when.iloc[-1]} UTC)'
+        made = f'made by {link(project_root() / "nbs" / source, source, at)}{copy}'
     links = ' · '.join(link(f, k, at) for k, f in (files | dict(provenance=t.folder / f'{t.name}.json')).items())
     warn = f'\n\n**{len(t.earlier)} of its runs were made again since: it is out of date.**' if t.earlier else ''
     return f'### {t.name}\n\n{body}{warn}\n\n{links} · {made}\n\n{runs_html(t, at)}'
+
+# %% ../../nbs/appendix/paper/provenance.ipynb #32510dcf
+def _audit(folder: Path):  # yields file, problem
+    "Of one folder: what a sidecar names and is gone or changed, and what none names."
+    here = {f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith('.')}
+    known = set()
+    for f in sorted(folder.glob('*.json')):
+        files = json.loads(f.read_text()).get('files')
+        if not isinstance(files, dict):
+            continue
+        known |= {f.name, *files}
+        for k, d in sorted(files.items()):
+            if k not in here:
+                yield dict(file=show_path(folder / k), problem=f'missing, {f.name} names it')
+            elif file_digest(folder / k) != d:
+                problem = 'edited: its digest is not the one that was written'
+                yield dict(file=show_path(folder / k), problem=problem)
+    for k in sorted(here - known):
+        yield dict(file=show_path(folder / k), problem='no provenance names it: made by hand, or left over')
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #13b5b7a5
 def audit(out) -> pd.DataFrame:  # file, problem
     "The files of a figures folder, of its subfolders too, that are not what a notebook wrote."
     home = resolve(out)
-    rows = []
-    for folder in sorted(
-        {home, *(f for f in home.rglob('*') if f.is_dir() and not f.name.startswith('.'))} if home.exists() else []
-    ):
-        here = {f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith('.')}
-        known = set()
-        for f in sorted(folder.glob('*.json')):
-            files = json.loads(f.read_text()).get('files')
-            if not isinstance(files, dict):
-                continue
-            known |= {f.name, *files}
-            rows += [
-                dict(
-                    file=show_path(folder / k),
-                    problem=f'missing, {f.name} names it'
-                    if k not in here
-                    else 'edited: its digest is not the one that was written',
-                )
-                for k, d in sorted(files.items())
-                if k not in here or file_digest(folder / k) != d
-            ]
-        rows += [
-            dict(file=show_path(folder / k), problem='no provenance names it: made by hand, or left over')
-            for k in sorted(here - known)
-        ]
-    return pd.DataFrame(rows, columns=['file', 'problem'])
+    below = (f for f in home.rglob('*') if f.is_dir() and not f.name.startswith('.'))
+    folders = sorted({home, *below}) if home.exists() else []
+    return pd.DataFrame([row for f in folders for row in _audit(f)], columns=['file', 'problem'])
+
+# %% ../../nbs/appendix/paper/provenance.ipynb #117e8fa8
+def cautions(study, study_file, things):  # yields sentences
+    "What a reader of the results must know first."
+    if stamp(study):
+        yield stamp(study).strip()
+    other = sorted({t.study for t in things.itertuples() if t.study and show_path(t.study) != show_path(study_file)})
+    if other:
+        yield f"**Tables and figures of another study ({', '.join(other)}) lie in {study['figures']}/.**"
+    said = r'\*\*[^*]*(phantoms|smoke profile)[^*]*\*\*\s*$'
+    stamped = [t.name for t in things.itertuples() if not stamp(study) and re.search(said, t.caption)]
+    if stamped:
+        yield f"**Not of patients, or of a small profile: {', '.join(stamped)}.**"
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #aec84d67
 def overview(study, study_file, jobs, things) -> str:  # markdown
     "What the results are about, how much of the study is there, and what to do next."
-    head = ''.join(f'> {stamp(study).strip()}\n\n' if stamp(study) else '')
-    other = sorted({t.study for t in things.itertuples() if t.study and show_path(t.study) != show_path(study_file)})
-    stamped = [
-        t.name
-        for t in things.itertuples()
-        if not stamp(study) and re.search(r'\*\*[^*]*(phantoms|smoke profile)[^*]*\*\*\s*$', t.caption)
-    ]
-    if other:
-        head += f"> **Tables and figures of another study ({', '.join(other)}) lie in {study['figures']}/.**\n\n"
-    if stamped:
-        head += f"> **Not of patients, or of a small profile: {', '.join(stamped)}.**\n\n"
-    gone, n = missing_runs(study), len(needed_runs(study))
+    gone, n, profile = missing_runs(study), len(needed_runs(study)), Path(study_file).stem
     bad = jobs[jobs.status != 'done']
     when = jobs.when[jobs.when != '']
     lines = [
         f"Study **{study['name']}** ({study_file}): {n - len(gone)} of {n} runs are finished, {len(things)} tables, figures and reports are in {study['figures']}/."
     ]
     if len(jobs):
-        lines.append(
-            f"{len(jobs)} executed notebooks, from {when.min()} to {when.max()} UTC, {wall(jobs.wall_s.sum())} of work in all."
-        )
+        span = f'from {when.min()} to {when.max()} UTC, {wall(jobs.wall_s.sum())} of work in all'
+        lines.append(f'{len(jobs)} executed notebooks, {span}.')
     if len(bad):
+        first = f'{bad.job.iloc[0]} ({bad.status.iloc[0]})'
         lines.append(
-            f"**{len(bad)} of them did not reach the end**: the first is {bad.job.iloc[0]} ({bad.status.iloc[0]}). Its output says why; `make paper` goes on from there."
+            f'**{len(bad)} of them did not reach the end**: the first is {first}. Its output says why; `make paper` goes on from there.'
         )
     if gone:
         lines.append(
-            f"To make what is missing: `make paper PROFILE={Path(study_file).stem}` (first {gone[0]}). `make plan PROFILE={Path(study_file).stem}` says what it would do."
+            f'To make what is missing: `make paper PROFILE={profile}` (first {gone[0]}). `make plan PROFILE={profile}` says what it would do.'
         )
     if sum(map(len, things.earlier)):
         lines.append('**Some tables or figures are older than their runs**: `make paper` makes them again.')
-    return head + '\n\n'.join(lines)
+    return ''.join(f'> {k}\n\n' for k in cautions(study, study_file, things)) + '\n\n'.join(lines)
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #4b9a641e
 ROWS = ('row', 'part', 'by', 'question')  # the column that names a line, in the order in which it is looked for
@@ -348,6 +340,21 @@ def runs_of(df, r) -> list:  # the table; one of its lines
     ]
     return list(dict.fromkeys(run for part in lines for text in part.runs for run in text.split()))
 
+# %% ../../nbs/appendix/paper/provenance.ipynb #acf9da14
+def _named_rows(path: Path) -> pd.DataFrame:  # the csv of a table, with the column `name`
+    "The lines of a table under the names of its rows, whatever the column is called."
+    if not path.exists():
+        hint = 'give the csv of a table, such as figures/table4.csv'
+        raise InputError('no such table', file=show_path(path), hint=hint)
+    df = pd.read_csv(path)
+    column = next((k for k in ROWS if k in df), None)
+    if column is None:
+        hint = f'give a table with one of {", ".join(ROWS)}'
+        raise InputError('no column names its rows', file=show_path(path), hint=hint)
+    if column in MORE:  # Table 1: sex, F
+        df[column] = df[[column, MORE[column]]].fillna('').agg(', '.join, axis=1).str.removesuffix(', ')
+    return df.assign(name=df[column])
+
 # %% ../../nbs/appendix/paper/provenance.ipynb #a276c4ed
 def table_cells(
     table,  # path of a table's csv
@@ -357,26 +364,14 @@ def table_cells(
     than: str = None,  # the row that it is compared with; None: the numbers themselves, not differences
 ) -> pd.DataFrame:  # the lines of the csv, with `name` and `runs` (list)
     "The numbers that are asked for, each with the runs that it comes from."
-    path = resolve(table)
-    if not path.exists():
-        raise InputError(
-            'no such table', file=show_path(path), hint='give the csv of a table, such as figures/table4.csv'
-        )
-    df = pd.read_csv(path)
-    name = next((k for k in ROWS if k in df), None)
-    if name in MORE:
-        df[name] = df[[name, MORE[name]]].fillna('').agg(', '.join, axis=1).str.removesuffix(', ')  # Table 1: sex, F
-    if name is None:
-        raise InputError(
-            'no column names its rows', file=show_path(path), hint=f'give a table with one of {", ".join(ROWS)}'
-        )
-    keep = pd.Series(True, df.index)
+    df = _named_rows(resolve(table))
+    path, keep = resolve(table), pd.Series(True, df.index)
     if 'than' in df and 'metric' in df:
         keep &= df.than.isna() if than is None else df.than.notna() & matches(df.than, than, 'than')
     if labels is not None:
         keep &= (df.labels - float(labels)).abs() < 1e-9
     if row is not None:
-        keep &= matches(df[name][keep], row, 'row').reindex(df.index, fill_value=False)
+        keep &= matches(df['name'][keep], row, 'row').reindex(df.index, fill_value=False)
     if col is not None and 'metric' in df:
         keep &= matches(df.metric[keep], col, 'col').reindex(df.index, fill_value=False)
     elif col is not None:
@@ -385,7 +380,7 @@ def table_cells(
         df = df.assign(value=df[col])
     if not keep.any():
         raise InputError('no line has all of that', file=show_path(path), hint='ask for less, and narrow it down')
-    return df[keep].assign(name=df[name], runs=[runs_of(df, r) for _, r in df[keep].iterrows()])
+    return df[keep].assign(runs=[runs_of(df, r) for _, r in df[keep].iterrows()])
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #63122801
 def run_record(run: str, then: dict = None) -> dict:  # then: what the sidecar says of it
@@ -446,33 +441,35 @@ def describe_run(r: dict, indent='  ') -> list:  # lines
         lines += [f'{indent}  starts from'] + describe_run(o, indent + '    ')
     return lines
 
+# %% ../../nbs/appendix/paper/provenance.ipynb #900c0def
+def number_text(c: dict) -> str:  # a line of a table, from `where`
+    "Row, metric, value, interval, n: one number in a line."
+    span = f" ({c['lo']:.4f} to {c['hi']:.4f})" if 'lo' in c and 'hi' in c else ''
+    counts = (('n', 'n'), ('n_units', 'patients'), ('n_seeds', 'seeds'), ('labels', 'labels'), ('p', 'p'))
+    facts = ', '.join(f'{w} {c[k]:g}' for k, w in counts if isinstance(c.get(k), (int, float)))
+    value = c.get('value', ', '.join(str(v) for k, v in c.items() if k in ('result', 'answer')))
+    if isinstance(value, float):
+        value = f'{value:.6g}'
+    than = f", minus {c['than']}" if 'than' in c and 'metric' in c else ''
+    seeds = f"; by seed {c['seeds']}" if isinstance(c.get('seeds'), str) else ''
+    return (
+        f"{c['name']}{than}{', ' + c['metric'] if 'metric' in c else ''} = {value}{span}"
+        + (facts and f'; {facts}')
+        + seeds
+    )
+
 # %% ../../nbs/appendix/paper/provenance.ipynb #23be6b71
 def where_text(found: list, table) -> str:  # found: from `where`
     "All of it in words; runs that several numbers share are told once."
     lines, told = [], set()
     for c in found:
-        span = f" ({c['lo']:.4f} to {c['hi']:.4f})" if 'lo' in c and 'hi' in c else ''
-        facts = ', '.join(
-            f'{w} {c[k]:g}'
-            for k, w in (('n', 'n'), ('n_units', 'patients'), ('n_seeds', 'seeds'), ('labels', 'labels'), ('p', 'p'))
-            if isinstance(c.get(k), (int, float))
-        )
-        value = c.get('value', ', '.join(str(v) for k, v in c.items() if k in ('result', 'answer')))
-        if isinstance(value, float):
-            value = f'{value:.6g}'
-        lines.append(
-            f"{show_path(table)}: {c['name']}{', minus ' + c['than'] if 'than' in c and 'metric' in c else ''}{', ' + c['metric'] if 'metric' in c else ''} = {value}{span}"
-            + (f'; {facts}' if facts else '')
-            + (f"; by seed {c['seeds']}" if isinstance(c.get('seeds'), str) else '')
-        )
+        lines.append(f'{show_path(table)}: {number_text(c)}')
         if 'about' in c:
             lines.append(
                 '  the table: ' + ', '.join(f'{k} {v[:12] if k in DIGESTS else v}' for k, v in c['about'].items())
             )
-        lines.append(
-            f"  from {len(c['runs'])} run{'s' * (len(c['runs']) != 1)}"
-            + (', told above' if c['runs'] and all(r['run'] in told for r in c['runs']) else '')
-        )
+        above = ', told above' if c['runs'] and all(r['run'] in told for r in c['runs']) else ''
+        lines.append(f"  from {len(c['runs'])} run{'s' * (len(c['runs']) != 1)}{above}")
         for r in c['runs']:
             if r['run'] not in told:
                 lines += describe_run(r, '    ')
@@ -539,26 +536,29 @@ def compare_folders(ours, other) -> pd.DataFrame:  # file, problem
             rows.append(dict(file=n, problem=problem))
     return pd.DataFrame(rows, columns=['file', 'problem'])
 
+# %% ../../nbs/appendix/paper/provenance.ipynb #57f2ef33
+def _execute_page(page, study, study_file, out: Path):
+    "One notebook that makes tables or figures, as the Snakefile runs it: sums depend on threads, devices and kernels."
+    from papermill import execute_notebook
+
+    asked = dict(profile=study['profile'], study=str(study_file), out=str(out), missing='error')
+    caps = {k: os.environ.get(k, v) for k, v in KERNELS.items()} if study['profile'] == 'smoke' else {}
+    source, copy = project_root() / 'nbs' / f'{page}.ipynb', out.parent / f'{Path(page).name}.ipynb'
+    with patch.dict(os.environ, caps, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''):
+        execute_notebook(str(source), str(copy), asked, progress_bar=False, log_level='ERROR')
+
 # %% ../../nbs/appendix/paper/provenance.ipynb #aad08c49
 def verify(study_file, only=None, progress=True) -> pd.DataFrame:  # only: some of `pages`; file, problem
     "Recompute a study's tables and figures from its saved runs and compare them with its figures folder; nothing in it is changed."
-    from papermill import execute_notebook
-
     study = read_study(study_file)
     home = resolve(study['figures'])
     found = audit(home)
     found = found[[resolve(f).parent == home for f in found.file]]
     if gone := missing_runs(study):
-        raise InputError(
-            f'{len(gone)} of its runs are not here, the first is {gone[0]}',
-            file=str(study_file),
-            hint='make paper, or cxr_verify --files, which needs no runs',
-        )
-    caps = {k: os.environ.get(k, v) for k, v in KERNELS.items()} if study['profile'] == 'smoke' else {}
-    with (
-        TemporaryDirectory() as folder,
-        patch.dict(os.environ, caps, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''),
-    ):  # as in the Snakefile: sums depend on threads, devices and kernels
+        problem = f'{len(gone)} of its runs are not here, the first is {gone[0]}'
+        hint = 'make paper, or cxr_verify --files, which needs no runs'
+        raise InputError(problem, file=str(study_file), hint=hint)
+    with TemporaryDirectory() as folder:
         out = Path(folder) / 'figures'
         out.mkdir()
         for page in pages(study):
@@ -566,16 +566,10 @@ def verify(study_file, only=None, progress=True) -> pd.DataFrame:  # only: some 
                 continue
             if progress:
                 print(f'{page} ...', flush=True)
-            execute_notebook(
-                str(project_root() / 'nbs' / f'{page}.ipynb'),
-                f'{folder}/{Path(page).name}.ipynb',
-                dict(profile=study['profile'], study=str(study_file), out=str(out), missing='error'),
-                progress_bar=False,
-                log_level='ERROR',
-            )
+            _execute_page(page, study, study_file, out)
         again = compare_folders(home, out)
-        if only:
-            again = again[again.problem != 'no notebook makes it']
+    if only:
+        again = again[again.problem != 'no notebook makes it']
     return pd.concat([found, again.assign(file=[f"{study['figures']}/{f}" for f in again.file])], ignore_index=True)
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #58ab7d5d

@@ -32,60 +32,68 @@ def one(parts, table, value='value', **where) -> str:
     r = pd.Series(dict(value=r[value], lo=r.get('lo'), hi=r.get('hi')), dtype=float)
     return cell(r)
 
-# %% ../../nbs/appendix/paper/reports.ipynb #4c97a63f
-def gather(study: dict, parts: dict) -> dict:  # tables of `read_parts` -> name: text
-    "What the reports say of the evaluated model."
-    row = evaluated_rows(study)[0]
-    runs = list(row_runs(study, row))
-    prov = load_run(runs[0])
-    p = prov['params']
-    cohort = load_cohort(f"runs/{study['name']}/cohort")
-    t = cohort.images
-    known = t[t.label >= 0]
-    classes = ', '.join(f'{c} {int((known.label == k).sum())}' for k, c in enumerate(CLASSES))
-    phantom = is_phantom(study)
-    return dict(
+# %% ../../nbs/appendix/paper/reports.ipynb #ac266084
+def _of_run(row, run) -> dict:
+    "The model and how it was trained, from the provenance of its first run."
+    prov = load_run(run)
+    p, known = prov['params'], ('torch', 'fastai', 'timm', 'pydicom')
+    return {k: p[k] for k in ('px', 'epochs', 'augmentation', 'loss', 'select')} | dict(
         title=f"{row['arch']}, {pretrain_title(row)}",
         arch=row['arch'],
-        runs=len(runs),
-        run=runs[0],
+        run=run,
         commit=prov['commit'],
         parameters=f"{prov['n_params'] / 1e6:.2f} million",
-        px=p['px'],
-        epochs=p['epochs'],
         batch=p['batch_size'],
         lr=f"{p['lr']:g}",
-        augmentation=p['augmentation'],
-        loss=p['loss'],
         pretrained=str((prov['pretrained'] or {}).get('kind', p['pretrain'])),
-        select=p['select'],
         device=prov['device'],
-        versions=', '.join(
-            f'{k} {v}' for k, v in prov['versions'].items() if k in ('torch', 'fastai', 'timm', 'pydicom')
-        ),
+        versions=', '.join(f'{k} {v}' for k, v in prov['versions'].items() if k in known),
+    )
+
+# %% ../../nbs/appendix/paper/reports.ipynb #f78e0136
+def _of_cohort(cohort) -> dict:
+    "The radiographs: how many, of whom."
+    t, known = cohort.images, cohort.images[cohort.images.label >= 0]
+    counts = lambda c: ', '.join(f'{k} {v}' for k, v in known[c].replace('', 'unknown').value_counts().items())
+    age, ages = known.age, 'not known'
+    if not age.isna().all():
+        span = f'{age.min():.0f} to {age.max():.0f}'
+        ages = f'{age.median():.0f} years in the median ({span}), unknown in {age.isna().mean():.0%}'
+    return dict(
         cohort=cohort.name,
         digest=cohort.digest[:12],
         images=len(t),
         labelled=len(known),
         patients=known.group.nunique(),
-        classes=classes,
+        classes=', '.join(f'{c} {int((known.label == k).sum())}' for k, c in enumerate(CLASSES)),
         boxes=int((t.boxes.map(len) > 0).sum()),
-        views=', '.join(f'{k} {v}' for k, v in known['view'].replace('', 'unknown').value_counts().items()),
-        sexes=', '.join(f'{k} {v}' for k, v in known.sex.replace('', 'unknown').value_counts().items()),
-        ages='not known'
-        if known.age.isna().all()
-        else f'{known.age.median():.0f} years in the median ({known.age.min():.0f} to {known.age.max():.0f}), unknown in {known.age.isna().mean():.0%}',
-        n_folds=study['n_folds'],
-        folds=len(study['folds']),
-        seeds=len(study['seeds']),
-        who='procedural phantoms, not patients' if phantom else 'patients',
+        views=counts('view'),
+        sexes=counts('sex'),
+        ages=ages,
+    )
+
+# %% ../../nbs/appendix/paper/reports.ipynb #a9d1703f
+def _of_results(parts) -> dict:
+    "The numbers that reports repeat."
+    any_ = dict(target='any', form='validation')
+    return dict(
         auc=one(parts, 'performance', metric='auc_macro'),
         ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top'),
-        sensitivity=one(parts, 'operating', target='any', form='validation', metric='sensitivity'),
-        specificity=one(parts, 'operating', target='any', form='validation', metric='specificity'),
+        sensitivity=one(parts, 'operating', metric='sensitivity', **any_),
+        specificity=one(parts, 'operating', metric='specificity', **any_),
         external=one(parts, 'external', name='external'),
         smallest=one(parts, 'power', 'smallest'),
     )
+
+# %% ../../nbs/appendix/paper/reports.ipynb #4c97a63f
+def gather(study: dict, parts: dict) -> dict:  # tables of `read_parts` -> name: text
+    "What the reports say of the evaluated model."
+    row = evaluated_rows(study)[0]
+    runs = list(row_runs(study, row))
+    design = dict(runs=len(runs), n_folds=study['n_folds'], folds=len(study['folds']), seeds=len(study['seeds']))
+    who = 'procedural phantoms, not patients' if is_phantom(study) else 'patients'
+    cohort = load_cohort(f"runs/{study['name']}/cohort")
+    return _of_run(row, runs[0]) | design | dict(who=who) | _of_cohort(cohort) | _of_results(parts)
 
 # %% ../../nbs/appendix/paper/reports.ipynb #8fcf950b
 CLAIM = [  # (item, answer)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'draw_loss', 'draw_curves', 'draw_restorations', 'figure_pretraining', 'encoder_embeddings', 'marks',
-           'figure_embedding', 'figure_neighbours']
+           'draw_points', 'figure_embedding', 'figure_neighbours']
 
 # %% ../../nbs/appendix/paper/representations.ipynb #599983d9
 import matplotlib as mpl
@@ -131,6 +131,15 @@ def marks(values) -> list:  # [(name, rows, colour, marker)]: classes in their l
     looks = [(COLOURS.get(c, OTHERS[i]), MARKERS.get(c, 'o^sDvP'[i])) for i, c in enumerate(order)]
     return [(f'{c} ({(values == c).sum()})', np.flatnonzero(values == c), *look) for c, look in zip(order, looks)]
 
+# %% ../../nbs/appendix/paper/representations.ipynb #046a1ae2
+def draw_points(ax, at, values):  # (N,2), (N,) text
+    "Points by what they are."
+    size = float(np.clip(5000 / len(at), 3, 16))
+    for label, rows, colour, m in marks(values):
+        ax.scatter(*at[rows].T, size, color=colour, marker=m, lw=0.3, edgecolors='w', alpha=0.9, label=label)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color='0.8', lw=0.5)
+
 # %% ../../nbs/appendix/paper/representations.ipynb #dfdda5fb
 def figure_embedding(
     embeddings: dict,  # pre-training -> (N,D)
@@ -147,20 +156,8 @@ def figure_embedding(
         fig, axs = plt.subplots(len(embeddings), 3, figsize=(7, 2.2 * len(embeddings) + 0.5), squeeze=False)
         for line, (name, z) in zip(axs, embeddings.items()):
             at = project_2d(z, seed)
-            for ax, (_column, values) in zip(line, columns.items()):
-                for label, rows, colour, m in marks(values):
-                    ax.scatter(
-                        *at[rows].T,
-                        s=float(np.clip(5000 / len(images), 3, 16)),
-                        color=colour,
-                        marker=m,
-                        lw=0.3,
-                        edgecolors='w',
-                        alpha=0.9,
-                        label=label,
-                    )
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set(visible=True, color='0.8', lw=0.5)
+            for ax, values in zip(line, columns.values()):
+                draw_points(ax, at, values)
             line[0].set_ylabel(name)
         for ax, title in zip(axs[0], ('class', 'view', 'source')):
             ax.set_title(title)

@@ -104,13 +104,25 @@ def compare(
     return t[KEYS].assign(committed=t.value_committed, fresh=t.value_fresh, tolerance=half, status=status)
 
 # %% ../../nbs/appendix/paper/reproduce.ipynb #798dfa04
-def flipped(fresh: dict, committed: dict) -> list:  # sentences
-    "Answers of the scorecard (Table 7) that are not what was committed."
-    read = lambda files: pd.read_csv(io.StringIO(files['table7.csv'])).set_index('question').answer
-    if not all('table7.csv' in f for f in (fresh, committed)):
-        return []
-    a, b = read(fresh), read(committed)
-    return [f'{q}: {b[q]} when committed, {a[q]} now' for q in b.index.intersection(a.index) if a[q] != b[q]]
+def flipped(fresh: dict, committed: dict, metric: str) -> list:  # of either side: name -> text; sentences
+    "Answers of the scorecard (Table 7) and verdicts between models (significant after correction, which way) that are not what was committed."
+    a, b = (_verdicts(files, metric) for files in (fresh, committed))
+    return [f'{q}: {b[q]} when committed, {a[q]} now' for q in b if q in a and a[q] != b[q]]
+
+
+def _verdicts(files, metric) -> dict:  # question -> answer
+    "What the tables say in a word."
+    said = {}
+    for name, text in files.items():
+        t = pd.read_csv(io.StringIO(text))
+        if {'question', 'answer'} <= set(t):
+            said |= dict(zip(t.question, t.answer))
+        elif {'row', 'than', 'metric', 'p_adjusted'} <= set(t):
+            t = t[(t.metric == f'difference_{metric}') & t.p_adjusted.notna()].reindex(columns=[*t, 'labels'])
+            word = np.where(t.p_adjusted >= 0.05, 'inconclusive', np.where(t.value > 0, 'better', 'worse'))
+            where = t.labels.map(lambda v: f' with {v:.0%} of the labels' if v == v else '')
+            said |= dict(zip(Path(name).stem + ': ' + t.row + ' against ' + t.than + where, word))
+    return said
 
 
 def too_many(cells: pd.DataFrame, metric: str) -> tuple:  # rows outside, rows judged, p
@@ -126,8 +138,9 @@ def reproduce(study_file, against=None) -> tuple:  # cells, verdicts that change
     study = read_study(study_file)
     fresh = written_files(study['figures'])
     old = written_files(against) if against else committed_files(study['figures'])
+    metric = read_plan().metric
     cells = compare(read_cells(fresh), read_cells(old), read_spread())
-    return cells, flipped(fresh, old), too_many(cells, read_plan().metric)
+    return cells, flipped(fresh, old, metric), too_many(cells, metric)
 
 # %% ../../nbs/appendix/paper/reproduce.ipynb #0b6248d2
 def reproduce_command(argv=None):

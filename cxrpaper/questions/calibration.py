@@ -308,6 +308,15 @@ def _warn(df, what):
         f'{df.attrs.get("run", "predictions")}: fold {df.fold.iloc[0]}: {what}: the validation fold does not hold the fit; do not trust the scaled probabilities'
     )
 
+# %% ../../nbs/appendix/questions/calibration.ipynb #ec3e9a49
+def _relative_error(z, beta, slopes, unit):  # slopes: (N,) of the images' log losses at beta
+    "Standard error of the temperature over itself, by patient (sandwich); NaN with one patient."
+    s, p = np.bincount(unit, slopes), softmax(beta * z)
+    if len(s) < 2:
+        return np.nan
+    curvature = ((p * z**2).sum(1) - (p * z).sum(1) ** 2).mean()
+    return (len(s) / (len(s) - 1) * (s**2).sum()) ** 0.5 / (len(z) * curvature * beta)
+
 # %% ../../nbs/appendix/questions/calibration.ipynb #cbf52a49
 def fit_temperature(
     df: pd.DataFrame,  # validation rows of one fold
@@ -316,34 +325,19 @@ def fit_temperature(
 ) -> Scaling:
     "Temperature scaling: the one number that minimises the log loss of the validation rows."
     if not 0 < limits[0] < limits[1]:
-        raise InputError(
-            f'{limits} are not limits', field='limits', hint='give the lowest and the highest temperature, above 0'
-        )
+        hint = 'give the lowest and the highest temperature, above 0'
+        raise InputError(f'{limits} are not limits', field='limits', hint=hint)
     z, y, unit = _validation(df, leaky)
     right = z[np.arange(len(y)), y]
     each = lambda beta: (softmax(beta * z) * z).sum(1) - right  # derivative of every image's log loss
     slope, (lo, hi) = (lambda beta: each(beta).mean()), (1 / limits[1], 1 / limits[0])
-    at_bound = slope(lo) >= 0 or slope(hi) <= 0
+    at_bound = bool(slope(lo) >= 0 or slope(hi) <= 0)
     beta = (lo if slope(lo) >= 0 else hi) if at_bound else brentq(slope, lo, hi, xtol=1e-12)
     if at_bound:
         _warn(df, f'temperature {1 / beta:g} is a limit')
-    p = softmax(beta * z)
-    curvature = ((p * z**2).sum(1) - (p * z).sum(1) ** 2).mean()
-    s = np.bincount(unit, each(beta))
-    se = (
-        np.nan
-        if at_bound or len(s) < 2
-        else (len(s) / (len(s) - 1) * (s**2).sum()) ** 0.5 / (len(y) * curvature * beta)
-    )
-    return Scaling(
-        (beta,) * z.shape[1],
-        (0.0,) * z.shape[1],
-        len(y),
-        _log_loss(z, y),
-        _log_loss(beta * z, y),
-        bool(at_bound),
-        float(se),
-    )
+    se = np.nan if at_bound else _relative_error(z, beta, each(beta), unit)
+    k = z.shape[1]
+    return Scaling((beta,) * k, (0.0,) * k, len(y), _log_loss(z, y), _log_loss(beta * z, y), at_bound, float(se))
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #2662adae
 def fit_vector(
@@ -355,38 +349,23 @@ def fit_vector(
     k = z.shape[1]
     onehot = np.eye(k)[y]
     if absent := [CLASSES[i] for i in range(k) if not (y == i).any()]:
-        raise InputError(
-            f'no {", ".join(absent)} in the validation fold',
-            file=df.attrs.get('run', 'predictions'),
-            field='label',
-            hint='use fit_temperature, or folds that hold every class',
-        )
+        file, hint = df.attrs.get('run', 'predictions'), 'use fit_temperature, or folds that hold every class'
+        raise InputError(f'no {", ".join(absent)} in the validation fold', file=file, field='label', hint=hint)
 
     def loss(x):
         s = z * x[:k] + x[k:]
         r = (softmax(s) - onehot) / len(y)
         return _log_loss(s, y), np.concatenate([(r * z).sum(0), r.sum(0)])
 
-    x = minimize(
-        loss,
-        np.repeat([1.0, 0.0], k),
-        jac=True,
-        method='L-BFGS-B',
-        bounds=[(-20, 20)] * 2 * k,
-        options=dict(maxiter=2000, ftol=1e-15, gtol=1e-8),
-    ).x
+    how = dict(maxiter=2000, ftol=1e-15, gtol=1e-8)
+    start, bounds = np.repeat([1.0, 0.0], k), [(-20, 20)] * 2 * k
+    x = minimize(loss, start, jac=True, method='L-BFGS-B', bounds=bounds, options=how).x
     s = z * x[:k] + x[k:]
     at_bound = bool((abs(x) > 19.99).any() or (s.argmax(1) == y).all())
     if at_bound:
         _warn(df, 'vector scaling separates the classes or reaches a limit')
-    return Scaling(
-        tuple(map(float, x[:k])),
-        tuple(map(float, x[k:] - x[k:].mean())),
-        len(y),
-        _log_loss(z, y),
-        _log_loss(s, y),
-        at_bound,
-    )
+    factors, addends = tuple(map(float, x[:k])), tuple(map(float, x[k:] - x[k:].mean()))
+    return Scaling(factors, addends, len(y), _log_loss(z, y), _log_loss(s, y), at_bound)
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #7fc93219
 def scale_folds(
@@ -402,25 +381,12 @@ def scale_folds(
         if not len(test):
             continue
         if not len(val):
-            raise InputError(
-                f'fold {fold} has no validation rows',
-                file=df.attrs.get('run', 'predictions'),
-                field='split',
-                hint='give the frame with val and test rows of every fold',
-            )
+            file, hint = df.attrs.get('run', 'predictions'), 'give the frame with val and test rows of every fold'
+            raise InputError(f'fold {fold} has no validation rows', file=file, field='split', hint=hint)
         s = fit(val, leaky=leaky)
         out.append(s(test))
-        rows.append(
-            dict(
-                fold=fold,
-                temperature=s.temperature,
-                se=s.se,
-                n=s.n,
-                before=s.before,
-                after=s.after,
-                at_bound=s.at_bound,
-            )
-        )
+        fitted = {k: getattr(s, k) for k in ('temperature', 'se', 'n', 'before', 'after', 'at_bound')}
+        rows.append(dict(fold=fold) | fitted)
     if not out:
         raise InputError('no test rows', field='split', hint='give the frame with val and test rows of every fold')
     scaled = (
@@ -470,9 +436,11 @@ def draw_reliability(
     for of, d in parts.items():
         ax, colour = (axs[0], '0.25') if of == 'top' else (axs[1], colours[of])
         ax.fill_between(d.score, d.lo, d.hi, color=colour, alpha=0.2, lw=0)
-        ax.plot(d.score, d.share, color=colour, marker='o', ms=2.5, lw=1.2, label='called class' if of == 'top' else of)
+        ax.plot(
+            d.score, d.share, color=colour, marker='o', ms=2.5, lw=1.2, label='predicted class' if of == 'top' else of
+        )
     for ax, what, x in zip(
-        axs, ('share right', 'share of the class'), ('confidence in the called class', 'probability of the class')
+        axs, ('share right', 'share of the class'), ('confidence in the predicted class', 'probability of the class')
     ):
         ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=0.8, zorder=0)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=x, ylabel=what)
@@ -483,7 +451,7 @@ def draw_reliability(
     )
     for v, style, name in ((confidence.mean(), '-', 'mean confidence'), (right.mean(), ':', 'accuracy')):
         axs[2].axvline(v, color='0.25', ls=style, lw=1.2, label=name)
-    axs[2].set(xlim=(0, 1), xlabel='confidence in the called class', ylabel='share of images')
+    axs[2].set(xlim=(0, 1), xlabel='confidence in the predicted class', ylabel='share of images')
     return pd.concat(parts, names=['of', 'bin']).reset_index('of')
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #c0a928fe

@@ -155,8 +155,13 @@ def threshold_at(
 # %% ../../nbs/appendix/questions/decisions.ipynb #644344b7
 def counts_at(positive, score, w, threshold):  # (N,) bool; (N,); (N,B); (B,) or (1,)
     "Weights found, of the target, let be, and of the others: (4,B)."
-    called = (score[:, None] >= threshold) * w
-    hit, ill, false, well = called[positive].sum(0), w[positive].sum(0), called[~positive].sum(0), w[~positive].sum(0)
+    predicted = (score[:, None] >= threshold) * w
+    hit, ill, false, well = (
+        predicted[positive].sum(0),
+        w[positive].sum(0),
+        predicted[~positive].sum(0),
+        w[~positive].sum(0),
+    )
     return np.where(np.isnan(threshold), np.nan, np.array([hit, ill, well - false, well]))
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #4e06a927
@@ -269,10 +274,10 @@ def net_benefit(
             hint='give probabilities, for example np.linspace(.01, .95, 95)',
         )
     order = np.argsort(-p, kind='stable')
-    called = np.searchsorted(-p[order], -grid, 'right')  # images with p >= t
+    predicted = np.searchsorted(-p[order], -grid, 'right')  # images with p >= t
     zero, n, price = np.zeros((1, w.shape[1])), w.sum(0), (grid / (1 - grid))[:, None]
     found, false = (np.vstack([zero, running_sum(w[order] * m[order, None])]) for m in (positive, ~positive))
-    return (found[called] - price * false[called]) / n, (found[-1] - price * false[-1]) / n
+    return (found[predicted] - price * false[predicted]) / n, (found[-1] - price * false[-1]) / n
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #08c8cf79
 def decision_curve(
@@ -465,7 +470,7 @@ def draw_risk_coverage(
 # %% ../../nbs/appendix/questions/decisions.ipynb #3d90d51c
 def predictive_values(
     sensitivity, specificity, prevalence
-) -> tuple:  # arrays that broadcast -> PPV, NPV; NaN where nothing is called so
+) -> tuple:  # arrays that broadcast -> PPV, NPV; NaN where nothing is predicted so
     "Positive and negative predictive value at stated prevalences."
     a, b, q = np.broadcast_arrays(*(np.asarray(v, float) for v in (sensitivity, specificity, prevalence)))
     for name, v in zip(('sensitivity', 'specificity', 'prevalence'), (a, b, q)):

@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'READERS', 'PAIRS', 'verdict', 'readers_matrix', 'ceilings',
            'separations', 'separability', 'simulate_labels', 'calibrated', 'noise_cases', 'count_flags', 'draw_labels',
            'label_noise', 'noise_matrix', 'noise_bound', 'doubtful', 'cartography', 'regions', 'hardest',
            'draw_confusions', 'draw_separability', 'draw_cartography', 'draw_gallery', 'difficulty_part',
-           'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions', 'figure_difficulty']
+           'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions', 'draw_hardest', 'figure_difficulty']
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #5a921187
 import matplotlib as mpl
@@ -126,8 +126,8 @@ def confusion_shares(
     frames,  # predictions: one frame per seed, or a frame
     how: Resampling = Resampling(1000),
     leaky: bool = False,
-) -> pd.DataFrame:  # label, called, value, lo, hi, readers, n, n_units: 16 rows
-    "Share of each label's images that was called each class, beside the readers' where known."
+) -> pd.DataFrame:  # label, predicted, value, lo, hi, readers, n, n_units: 16 rows
+    "Share of each label's images that was predicted each class, beside the readers' where known."
     cases = _cases(frames, how.unit, leaky)
     c = cases[0]
     value, drawn = _drawn(cases, _row_shares, how)
@@ -139,7 +139,7 @@ def confusion_shares(
         rows.append(
             dict(
                 label=CLASSES[i],
-                called=CLASSES[j],
+                predicted=CLASSES[j],
                 value=value[i, j],
                 lo=lo,
                 hi=hi,
@@ -161,31 +161,19 @@ def against_readers(
     c = cases[0]
     readers = readers_matrix()
     value, drawn = _drawn(cases, _row_shares, how)
-    cells = {f'{CLASSES[i]} called {CLASSES[j]}': [(i, j)] for i, j in np.argwhere(~np.isnan(readers))}
+    cells = {f'{CLASSES[i]} predicted {CLASSES[j]}': [(i, j)] for i, j in np.argwhere(~np.isnan(readers))}
     cells['mean of the known confusions'] = [(i, j) for i, j in np.argwhere(~np.isnan(readers)) if i != j]
     rows = []
     for name, at in cells.items():
         i, j = np.transpose(at)
-        of = np.isin(c.y, i)
         v, r, d = value[i, j].mean(), readers[i, j].mean(), drawn[:, i, j].mean(1) - readers[i, j].mean()
         least, p = min(_units(c, c.y == k) for k in set(i)), bootstrap_p(d)
         lo, hi = (x - r for x in _share_interval(d + r, v, least, how.level))
         if v in (0, 1):
             p = min(1.0, 2 * abs(1 - v - r) ** least)
-        rows.append(
-            dict(
-                cell=name,
-                value=v,
-                readers=r,
-                difference=v - r,
-                lo=lo,
-                hi=hi,
-                p=p,
-                n=int(of.sum()),
-                n_least=least,
-                verdict=verdict(v - r, p, least),
-            )
-        )
+        difference = dict(cell=name, value=v, readers=r, difference=v - r, lo=lo, hi=hi, p=p)
+        n = int(np.isin(c.y, i).sum())
+        rows.append(difference | dict(n=n, n_least=least, verdict=verdict(v - r, p, least)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #b927e053
@@ -212,35 +200,26 @@ def separability(
     cases = _cases(frames, how.unit, leaky)
     c = cases[0]
     value, drawn = _drawn(cases, lambda c, w: separations(c.y, c.p, w), how)
-    needs = dict(
-        zip(
-            [
-                'negative against the rest',
-                'among the three',
-                'difference',
-                *(f'{CLASSES[a]} against {CLASSES[b]}' for a, b in PAIRS),
-            ],
-            [range(4), (1, 2, 3), range(4), *PAIRS],
-        )
-    )
+    names = ['negative against the rest', 'among the three', 'difference']
+    names += [f'{CLASSES[a]} against {CLASSES[b]}' for a, b in PAIRS]
     rows = []
-    for k, (name, classes) in enumerate(needs.items()):
+    for k, (name, classes) in enumerate(zip(names, [range(4), (1, 2, 3), range(4), *PAIRS])):
         lo, hi, _ = how.interval(drawn[:, k])
         p = bootstrap_p(drawn[:, k], 0 if name == 'difference' else 0.5)
-        least = min(_units(c, c.y == i) for i in classes)
-        rows.append(
-            dict(
-                task=name,
-                value=value[k],
-                lo=lo,
-                hi=hi,
-                p=p,
-                n=int(np.isin(c.y, list(classes)).sum()),
-                n_least=least,
-                verdict=verdict(value[k], p, least) if name == 'difference' else '',
-            )
-        )
+        least, n = min(_units(c, c.y == i) for i in classes), int(np.isin(c.y, list(classes)).sum())
+        said = verdict(value[k], p, least) if name == 'difference' else ''
+        rows.append(dict(task=name, value=value[k], lo=lo, hi=hi, p=p, n=n, n_least=least, verdict=said))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/appendix/questions/difficulty.ipynb #ac0df97d
+def _flips(share: float, between=None) -> np.ndarray:  # (4,4); rows: true class, columns: written one
+    "The probability of each written label: swaps of two classes, or of all evenly."
+    if between is None:
+        turn = (1 - np.eye(4)) / 3
+    else:
+        turn = np.eye(4)
+        turn[list(between)] = turn[list(between)[::-1]]
+    return (1 - share) * np.eye(4) + share * turn
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #7268b7a5
 def simulate_labels(
@@ -255,31 +234,17 @@ def simulate_labels(
 ) -> pd.DataFrame:  # predictions, `val` and `test`, five folds; columns `true`, `flipped`
     "Predictions of five folds whose labels are wrong on purpose."
     if not {learnt, validation} <= {'right', 'written'} or not 0 <= flip < 1:
-        raise InputError(
-            f'{learnt!r}, {validation!r}, {flip}',
-            field='learnt, validation, flip',
-            hint="use 'right' or 'written', and a share below 1",
-        )
+        field, hint = 'learnt, validation, flip', "use 'right' or 'written', and a share below 1"
+        raise InputError(f'{learnt!r}, {validation!r}, {flip}', field=field, hint=hint)
     df = simulate_run(n_patients, seed, 1.0, 5, **dict(separation=1.2, shares=SHARES, images=1.0) | cohort)
-    g = rng(seed, 'flip')
-    turn = (
-        np.full((4, 4), 1 / 3)
-        if between is None
-        else np.eye(4)[np.where(np.isin(np.arange(4), between), sum(between or (0,)) - np.arange(4), np.arange(4))]
-    )
-    if between is None:
-        np.fill_diagonal(turn, 0)
-    noise = (1 - flip) * np.eye(4) + flip * turn  # rows: true, columns: written
+    noise = _flips(flip, between)
     study = df.groupby('study').label.first()
-    u = g.random(len(study))
+    u = rng(seed, 'flip').random(len(study))
     written = pd.Series((u[:, None] > noise[study.to_numpy()].cumsum(1)[:, :3]).sum(1), study.index)
     p = probabilities(df)
     z = temperature * np.log(p @ noise if learnt == 'written' else p)
-    df = df.assign(
-        true=df.label,
-        label=np.where((df.split == 'val') & (validation == 'right'), df.label, df.study.map(written)),
-        **dict(zip(LOGITS, z.T)),
-    )
+    label = np.where((df.split == 'val') & (validation == 'right'), df.label, df.study.map(written))
+    df = df.assign(true=df.label, label=label, **dict(zip(LOGITS, z.T)))
     return df.assign(flipped=df.true != df.label)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #1c2c1e08
@@ -431,45 +396,30 @@ def doubtful(
         .reset_index(drop=True)
     )
 
+# %% ../../nbs/appendix/questions/difficulty.ipynb #e3d9dd61
+def _dynamics(d, name) -> pd.DataFrame:  # dynamics of one run; columns of `cartography`, images with two epochs or more
+    "What one run believed of each image that it trained on."
+    epochs = [c for c in d if str(c).startswith('epoch_')]
+    bad = lambda problem, hint: InputError(problem, file=name, field='epoch', hint=hint)
+    if not len(epochs) > 1 or not {'image', 'label'} <= set(d):
+        raise bad(f'{len(epochs)} epochs', 'give dynamics.csv: image, label and at least two epochs')
+    v = d[epochs].to_numpy(float)
+    if ((v < 0) | (v > 1)).any():
+        raise bad('outside [0, 1]', 'give probabilities of the labelled class')
+    ok = ~np.isnan(v)
+    n = ok.sum(1)
+    mean = lambda x: np.where(ok, x, 0).sum(1) / np.maximum(n, 1)
+    m = mean(v)
+    part = dict(image=d.image.astype(str), label=d.label, confidence=m, variability=mean((v - m[:, None]) ** 2) ** 0.5)
+    return pd.DataFrame(part | dict(correct_lo=mean(v > 0.5), correct_hi=mean(v >= 1 / len(CLASSES))))[n > 1]
+
 # %% ../../nbs/appendix/questions/difficulty.ipynb #5dce7954
 def cartography(
     frames,  # dynamics: one frame per run with image, label, epoch_0, epoch_1, ...; or one frame
 ) -> pd.DataFrame:  # image, label, confidence, variability, correct_lo, correct_hi, n_runs, region
     "Mean and spread of the probability of its label over epochs, each averaged over the runs that trained on the image."
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    rows = []
-    for i, d in enumerate(frames):
-        epochs = [c for c in d if str(c).startswith('epoch_')]
-        if not len(epochs) > 1 or not {'image', 'label'} <= set(d):
-            raise InputError(
-                f'{len(epochs)} epochs',
-                file=d.attrs.get('run', f'frame {i}'),
-                field='epoch',
-                hint='give dynamics.csv: image, label and at least two epochs',
-            )
-        v = d[epochs].to_numpy(float)
-        ok = ~np.isnan(v)
-        n = ok.sum(1)
-        if ((v < 0) | (v > 1)).any():
-            raise InputError(
-                'outside [0, 1]',
-                file=d.attrs.get('run', f'frame {i}'),
-                field='epoch',
-                hint='give probabilities of the labelled class',
-            )
-        mean = lambda x: np.where(ok, x, 0).sum(1) / np.maximum(n, 1)
-        m = mean(v)
-        part = pd.DataFrame(
-            dict(
-                image=d.image.astype(str),
-                label=d.label,
-                confidence=m,
-                variability=mean((v - m[:, None]) ** 2) ** 0.5,
-                correct_lo=mean(v > 0.5),
-                correct_hi=mean(v >= 1 / len(CLASSES)),
-            )
-        )
-        rows.append(part[n > 1])
+    rows = [_dynamics(d, d.attrs.get('run', f'frame {i}')) for i, d in enumerate(frames)]
     all_ = pd.concat(rows, ignore_index=True)
     by = all_.groupby('image', sort=True)
     if (bad := by.label.nunique() > 1).any():
@@ -487,21 +437,21 @@ def regions(confidence, variability) -> np.ndarray:  # (N,), (N,) -> (N,) 'easy'
 # %% ../../nbs/appendix/questions/difficulty.ipynb #71e3ff38
 def hardest(
     frames, k: int = 4, unit: str = 'group', leaky: bool = False
-) -> pd.DataFrame:  # image, label, called, p_label, p_called, loss, n_seeds, n: k rows for each class
+) -> pd.DataFrame:  # image, label, predicted, p_label, p_predicted, loss, n_seeds, n: k rows for each class
     "The `k` images of each class with the highest loss, averaged over seeds, one per patient."
     cases = _cases(frames, unit, leaky)
     c = cases[0]
     i, name = np.arange(len(c.y)), np.array(CLASSES)
     loss = np.mean([-np.log(np.maximum(q.p[i, q.y], 1e-12)) for q in cases], 0)
     p = np.mean([q.p for q in cases], 0)
-    called = p.argmax(1)
+    predicted = p.argmax(1)
     t = pd.DataFrame(
         dict(
             image=c.image,
             label=name[c.y],
-            called=name[called],
+            predicted=name[predicted],
             p_label=p[i, c.y],
-            p_called=p[i, called],
+            p_predicted=p[i, predicted],
             loss=loss,
             n_seeds=len(cases),
             n=np.bincount(c.y, minlength=4)[c.y],
@@ -519,7 +469,7 @@ def draw_confusions(
 ):  # from `confusion_shares`
     "The model's confusions with intervals, and the readers' where known; hatched: not known."
     for ax, column in zip(axs, ('value', 'readers')):
-        m = t.pivot(index='label', columns='called', values=column).loc[list(CLASSES), list(CLASSES)].to_numpy()
+        m = t.pivot(index='label', columns='predicted', values=column).loc[list(CLASSES), list(CLASSES)].to_numpy()
         ax.imshow(np.ma.masked_invalid(m), cmap='Greys', vmin=0, vmax=1)
         for r, (i, j) in zip(t.itertuples(), np.ndindex(m.shape)):
             if np.isnan(m[i, j]):
@@ -539,7 +489,7 @@ def draw_confusions(
         ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES)
         plt.setp(ax.get_xticklabels(), rotation=30, ha='right', rotation_mode='anchor')
     n = t.groupby('label').n.first()
-    axs[0].set(yticklabels=[f'{c}\n(n = {n[c]})' for c in CLASSES], xlabel='called by the model', ylabel='label')
+    axs[0].set(yticklabels=[f'{c}\n(n = {n[c]})' for c in CLASSES], xlabel='predicted by the model', ylabel='label')
     axs[1].set(yticklabels=CLASSES, xlabel='another reader says', ylabel='one reader says')
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #42a4a09b
@@ -589,7 +539,7 @@ def draw_gallery(
     boxes=None,  # boxes of each row, (n,4) x, y, width, height in the same pixels
     colour='#E69F00',
 ):
-    "Each radiograph with its label, what it was called with which probability, and its boxes."
+    "Each radiograph with its label, what it was predicted with which probability, and its boxes."
     axs = np.ravel(axs)
     if not len(axs) >= len(t) == len(images):
         raise InputError(
@@ -601,7 +551,7 @@ def draw_gallery(
         ax.imshow(x, cmap='gray')
         for u, v, w, h in b:
             ax.add_patch(plt.Rectangle((u - 0.5, v - 0.5), w, h, fill=False, ec=colour, lw=1))
-        ax.set_title(f'{r.label}\ncalled {r.called} {r.p_called:.2f}\np(label) {r.p_label:.2f}', fontsize=7)
+        ax.set_title(f'{r.label}\ncalled {r.predicted} {r.p_predicted:.2f}\np(label) {r.p_label:.2f}', fontsize=7)
     for ax in axs:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -656,6 +606,20 @@ def figure_confusions(
         plt.close(fig)
     return fig
 
+# %% ../../nbs/appendix/questions/difficulty.ipynb #4b8322d3
+def draw_hardest(grid, worst, images, boxes):  # axes, a line for each label; as in `figure_difficulty`
+    "The hardest images of each label; the label is written once, at the left."
+    for ax in grid.flat:
+        ax.axis('off')
+    for line, (label, rows) in zip(grid, worst.groupby('label', sort=False)):
+        for ax in line[: len(rows)]:
+            ax.axis('on')
+        draw_gallery(line[: len(rows)], rows, [images[i] for i in rows.index], [boxes[i] for i in rows.index])
+        line[0].set_ylabel(label)
+    dark_edge(grid)
+    for ax in grid.flat:
+        ax.set_title(ax.get_title().partition('\n')[2], fontsize=7)
+
 # %% ../../nbs/appendix/questions/difficulty.ipynb #709e0f24
 def figure_difficulty(
     separable, mapped, worst, images, boxes
@@ -671,26 +635,11 @@ def figure_difficulty(
         draw_cartography(axs[1], mapped, COLOURS)
         tell_apart(axs[1])
         axs[1].xaxis.label.set_size(7)
-        axs[1].legend(
-            loc='upper center',
-            bbox_to_anchor=(0.4, -0.17),
-            ncols=2,
-            markerscale=1.5,
-            handletextpad=0.1,
-            columnspacing=1,
-        )
+        below_it = dict(loc='upper center', bbox_to_anchor=(0.4, -0.17), ncols=2, columnspacing=1)
+        axs[1].legend(**below_it, markerscale=1.5, handletextpad=0.1)
         for points in axs[1].collections:
             points.set_sizes([float(np.clip(3000 / len(mapped), 3, 14))])
         grid = below.subplots(len(each), wide, squeeze=False)
-        for ax in grid.flat:
-            ax.axis('off')
-        for line, (label, rows) in zip(grid, worst.groupby('label', sort=False)):
-            for ax in line[: len(rows)]:
-                ax.axis('on')
-            draw_gallery(line[: len(rows)], rows, [images[i] for i in rows.index], [boxes[i] for i in rows.index])
-            line[0].set_ylabel(label)
-        dark_edge(grid)
-        for ax in grid.flat:
-            ax.set_title(ax.get_title().partition('\n')[2], fontsize=7)  # the label is written once, at the left
+        draw_hardest(grid, worst, images, boxes)
         plt.close(fig)
     return fig

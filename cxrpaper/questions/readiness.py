@@ -50,6 +50,16 @@ def power_part(s: Subject) -> dict:
     ]
     return dict(power=pd.DataFrame(rows, columns=['row', 'se', 'smallest', 'difference', 'power', 'alpha']))
 
+# %% ../../nbs/08_readiness.ipynb #080435c9
+def _done(part, s, folder) -> str:  # '' or why not
+    "Write the tables of one part."
+    try:
+        for table, df in part(s).items():
+            write_csv(folder / f'{table}.csv', df)
+    except InputError as e:
+        return str(e)
+    return ''
+
 # %% ../../nbs/08_readiness.ipynb #e767f644
 def assess(
     s: Subject,
@@ -61,28 +71,18 @@ def assess(
     folder, undone = begin(run), {}
     for i, (name, part) in enumerate(parts.items()):
         mark, t0 = folder / f'.{name}.done', time.time()
-        if mark.exists():
-            undone |= {name: text} if (text := mark.read_text()) else {}
-            continue
-        try:
-            for table, df in part(s).items():
-                write_csv(folder / f'{table}.csv', df)
-            mark.write_text('')
-        except InputError as e:
-            undone[name] = str(e)
-            mark.write_text(str(e))
-        if progress:
-            print(
-                f'{i + 1}/{len(parts)}  {name}  {time.time() - t0:.0f} s'
-                + (f'  not done: {undone[name]}' if name in undone else ''),
-                flush=True,
-            )
+        if not mark.exists():
+            mark.write_text(_done(part, s, folder))
+            if progress:
+                said = f'  not done: {mark.read_text()}' if mark.stat().st_size else ''
+                print(f'{i + 1}/{len(parts)}  {name}  {time.time() - t0:.0f} s{said}', flush=True)
+        if reason := mark.read_text():
+            undone[name] = reason
     write_csv(folder / 'not_done.csv', pd.DataFrame(list(undone.items()), columns=['part', 'reason']))
     for name in parts:
         (folder / f'.{name}.done').unlink()
-    return finish(
-        run, kind='readiness', row=s.row, runs=list(s.runs()), n=len(s.frame), patients=int(s.frame.group.nunique())
-    )
+    n = dict(n=len(s.frame), patients=int(s.frame.group.nunique()))
+    return finish(run, kind='readiness', row=s.row, runs=list(s.runs()), **n)
 
 # %% ../../nbs/08_readiness.ipynb #3b696311
 def read_parts(study: dict) -> dict:  # table -> DataFrame; nothing for a part that could not be done

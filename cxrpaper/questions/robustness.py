@@ -6,8 +6,8 @@
 __all__ = ['SPAN', 'Corruption', 'CORRUPTIONS', 'MARGIN', 'REASON', 'row_noise', 'add_noise', 'quantum_noise', 'smooth', 'shrink',
            'turn', 'compress', 'corruption', 'predict_changed', 'cost', 'robustness_curve', 'tolerance',
            'planted_images', 'Reader', 'external_cohort', 'average_models', 'external_drop', 'drop_verdict',
-           'external_evaluation', 'draw_robustness', 'robustness_part', 'external_part', 'robustness_rule',
-           'external_rule', 'figure_robustness']
+           'external_evaluation', 'draw_changed', 'draw_robustness', 'robustness_part', 'external_part',
+           'robustness_rule', 'external_rule', 'figure_robustness']
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #50f24455
 import math
@@ -230,26 +230,15 @@ def tolerance(
     excluded = t.level[safe].max()
     broken = t.level[breaks].min()
     tolerated = t.level[t.level < broken].max() if breaks.any() else t.level.max()
-    r, unit = t[t.level == broken].iloc[0] if breaks.any() else None, t.unit.iloc[0]
-    say = (
-        'tolerates every level'
-        if r is None
-        else f'tolerates up to {tolerated:g} ({unit})'
-        if tolerated > 0
-        else 'tolerates no level'
-    )
-    loss = (
-        ''
-        if r is None
-        else f'; at {broken:g} {r.difference:+.3f} ({r.difference_lo:+.3f} to {r.difference_hi:+.3f}), {r.changed:.0%} of decisions changed'
-    )
-    return dict(
-        corruption=name,
-        tolerated=tolerated,
-        broken=broken,
-        excluded=excluded,
-        verdict=f'{name}: {say}{loss}; a loss of more than {margin:g} is excluded up to {excluded:g}, n = {t.n.iloc[0]}',
-    )
+    unit, last = t.unit.iloc[0], f'a loss of more than {margin:g} is excluded up to {excluded:g}, n = {t.n.iloc[0]}'
+    say = 'tolerates every level'
+    if breaks.any():
+        say = f'tolerates up to {tolerated:g} ({unit})' if tolerated > 0 else 'tolerates no level'
+        r = t[t.level == broken].iloc[0]
+        span = f'{r.difference:+.3f} ({r.difference_lo:+.3f} to {r.difference_hi:+.3f})'
+        say += f'; at {broken:g} {span}, {r.changed:.0%} of decisions changed'
+    levels = dict(corruption=name, tolerated=tolerated, broken=broken, excluded=excluded)
+    return levels | dict(verdict=f'{name}: {say}; {last}')
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #34d753db
 def planted_images(n: int = 240, seed: int = 0):  # n patients, one image each
@@ -328,40 +317,23 @@ def external_drop(
     "Macro AUC inside, outside (mean model, ensemble), and what is lost."
     c, e = read_cases(internal), read_cases(external[0])
     classes = [k for k in countable(c.y, c.unit) if k in countable(e.y, e.unit)]
+    sizes = lambda x: dict(n=len(x.y), n_patients=x.n_units)
     if len(classes) < 2:
-        return pd.DataFrame(
-            [
-                dict(
-                    name='drop',
-                    value=np.nan,
-                    lo=np.nan,
-                    hi=np.nan,
-                    p=np.nan,
-                    n=len(e.y),
-                    n_patients=e.n_units,
-                    classes='',
-                )
-            ]
-        )
+        unknown = dict(name='drop') | dict.fromkeys(('value', 'lo', 'hi', 'p'), np.nan)
+        return pd.DataFrame([unknown | sizes(e) | dict(classes='')])
+    apart = replace(how, seed=how.seed + 1)
     parts = dict(
         internal=_auc_samples([internal], classes, how),
-        external=_auc_samples(external, classes, replace(how, seed=how.seed + 1)),
-        ensemble=_auc_samples([average_models(external)], classes, replace(how, seed=how.seed + 1)),
+        external=_auc_samples(external, classes, apart),
+        ensemble=_auc_samples([average_models(external)], classes, apart),
     )
     parts['drop'] = tuple(a - b for a, b in zip(parts['internal'], parts['external']))
     rows = [
-        dict(
-            name=k,
-            value=v,
-            **dict(zip(('lo', 'hi'), how.interval(s))),
-            n=len((c if k == 'internal' else e).y),
-            n_patients=(c if k == 'internal' else e).n_units,
-        )
+        dict(name=k, value=v, **dict(zip(('lo', 'hi'), how.interval(s))), **sizes(c if k == 'internal' else e))
         for k, (v, s) in parts.items()
     ]
-    return pd.DataFrame(rows).assign(
-        p=[*[np.nan] * 3, bootstrap_p(parts['drop'][1])], classes=', '.join(CLASSES[k] for k in classes)
-    )
+    p = [*[np.nan] * 3, bootstrap_p(parts['drop'][1])]
+    return pd.DataFrame(rows).assign(p=p, classes=', '.join(CLASSES[k] for k in classes))
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #84d883ba
 def drop_verdict(drop: pd.DataFrame) -> str:  # from `external_drop`
@@ -405,6 +377,15 @@ REASON = {'copy': 'copies', 'mirrored copy': 'mirrored copies', 'related': 'of t
     k: f'by {k}' for k in ('image', 'study', 'patient', 'group')
 }
 
+# %% ../../nbs/appendix/questions/robustness.ipynb #c6756e24
+def draw_changed(ax, at, shares, colour, labelled: bool):
+    "The share of changed decisions, on an axis at the right."
+    twin = ax.twinx()
+    twin.plot(at, shares, color=colour, lw=1, ls='--')
+    twin.set(ylim=(0, 1), yticks=[0, 0.5, 1])
+    twin.tick_params(colors=colour, labelsize=6, labelright=labelled)
+    twin.set_ylabel('decisions changed' if labelled else '', color=colour, fontsize=6)
+
 # %% ../../nbs/appendix/questions/robustness.ipynb #9e8e3160
 def draw_robustness(
     axs,  # matplotlib axes, one for each change (others are switched off)
@@ -424,24 +405,18 @@ def draw_robustness(
         ax.axis('off')
     lo = min(t.lo.min(), t.value.min()) - 0.02
     for ax, k in zip(axs, names):
-        d = t[t.corruption == k].sort_values('level')
+        d, place = t[t.corruption == k].sort_values('level'), ax.get_subplotspec()
         at = np.arange(len(d))
         broken = (d.difference < -margin) & (d.difference_hi < 0)
         ax.fill_between(at, d.lo, d.hi, color=colour, alpha=0.15, lw=0)
         ax.axhline(d.value.iloc[0], color=clean, ls=':', lw=1)
         ax.plot(at, d.value, color=colour)
-        for style, m in (('o', ~broken), ('o', broken)):
-            ax.plot(at[m], d.value[m], style, color=colour, ms=4, mfc='white' if m is broken else colour)
-        twin = ax.twinx()
-        twin.plot(at, d.changed, color=changed, lw=1, ls='--')
-        twin.set(ylim=(0, 1), yticks=[0, 0.5, 1])
-        twin.tick_params(colors=changed, labelsize=6)
-        last = ax.get_subplotspec() is None or ax.get_subplotspec().is_last_col() or k == names[-1]
-        twin.set_ylabel('decisions changed' if last else '', color=changed, fontsize=6)
-        twin.tick_params(labelright=last)
+        for m in (~broken, broken):
+            ax.plot(at[m], d.value[m], 'o', color=colour, ms=4, mfc='white' if m is broken else colour)
+        draw_changed(ax, at, d.changed, changed, place is None or place.is_last_col() or k == names[-1])
         ax.set_xticks(at, [f'{l:g}' for l in d.level])
         ax.set(title=f'{k}, n = {d.n.iloc[0]}', xlabel=d.unit.iloc[0], ylim=(lo, 1))
-        if ax.get_subplotspec() is None or ax.get_subplotspec().is_first_col():
+        if place is None or place.is_first_col():
             ax.set_ylabel(metric.replace('auc_macro', 'macro AUC').replace('_', ' '))
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #68835d76

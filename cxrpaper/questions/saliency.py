@@ -327,18 +327,13 @@ def saliency_table(
     rows = []
     for name, m in maps.items():
         m, truth, fields = check_maps(m, masks, lungs)
-        own, than = saliency_differences(
-            m[some], truth[some], np.asarray(patients)[some], None if fields is None else fields[some], tolerance
-        )
+        lung = None if fields is None else fields[some]
+        own, than = saliency_differences(m[some], truth[some], np.asarray(patients)[some], lung, tolerance)
         for metric in own:
-            about = dict(zip(('map', 'metric', 'value', 'lo', 'hi'), (name, metric, *mean(own[metric].to_numpy())[:3])))
-            rows += [
-                about
-                | dict(than=k)
-                | dict(zip(('difference', 'difference_lo', 'difference_hi', 'p'), mean(d[metric].to_numpy())))
-                | dict(n=len(some), n_units=len(names))
-                for k, d in than.items()
-            ]
+            first = dict(zip(('map', 'metric', 'value', 'lo', 'hi'), (name, metric, *mean(own[metric].to_numpy())[:3])))
+            for k, d in than.items():
+                gap = dict(zip(('difference', 'difference_lo', 'difference_hi', 'p'), mean(d[metric].to_numpy())))
+                rows.append(first | dict(than=k) | gap | dict(n=len(some), n_units=len(names)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/questions/saliency.ipynb #161c84ed
@@ -451,37 +446,19 @@ def sanity_check(
     maps = explain(model, batches)
     names, unit = np.unique(np.asarray(patients), return_inverse=True)
     if len(unit) != len(maps):
-        raise InputError(
-            f'{len(unit)} patients for {len(maps)} maps',
-            field='patients',
-            hint='give the patient of every image in batches.rows',
-        )
+        hint = 'give the patient of every image in batches.rows'
+        raise InputError(f'{len(unit)} patients for {len(maps)} maps', field='patients', hint=hint)
     ok = np.ptp(maps, (1, 2)) > 0
     if not ok.any():
         raise InputError('all maps are empty', field='explain', hint='explain a class that the model speaks for')
     weights = np.concatenate(list(how.weights(len(names))), 1)[unit[ok]]
-    rows = []
+    rows, n = [], dict(n=int(ok.sum()), n_units=len(np.unique(unit[ok])))
     for share in shares:
-        r = np.mean(
-            [
-                map_correlation(maps, explain(randomise(model, share, shuffles * how.seed + k), batches))
-                for k in range(shuffles)
-            ],
-            0,
-        )[ok]
+        others = (randomise(model, share, shuffles * how.seed + k) for k in range(shuffles))
+        r = np.mean([map_correlation(maps, explain(other, batches)) for other in others], 0)[ok]
         s = np.divide(r @ weights, weights.sum(0), out=np.full(how.n_boot, np.nan), where=weights.sum(0) > 0)
         lo, hi, _ = how.interval(s)
-        rows.append(
-            dict(
-                randomised=share,
-                metric='spearman',
-                value=r.mean(),
-                lo=lo,
-                hi=hi,
-                n=int(ok.sum()),
-                n_units=len(np.unique(unit[ok])),
-            )
-        )
+        rows.append(dict(randomised=share, metric='spearman', value=r.mean(), lo=lo, hi=hi) | n)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/questions/saliency.ipynb #49bd60e9

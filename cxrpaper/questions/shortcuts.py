@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LUNGS', 'PRIOR', 'WITHOUT_LUNGS', 'GLYPH', 'ATTRIBUTES', 'verdict', 'judge', 'auc_samples',
            'patient_overlap', 'split_inflation', 'baseline_rows', 'lung_template', 'local_brightness', 'lung_fields',
-           'dice', 'keep', 'enclosing', 'occlusions', 'draw_changes', 'occluded_predictions', 'pool_parts',
-           'occlusion_table', 'markers', 'marker_table', 'attribute_levels', 'level_scores', 'macro_samples',
-           'attribute_probes', 'judge_both', 'shortcut_rows', 'draw_shortcuts', 'baselines_part', 'leaks_part',
-           'shortcuts_part', 'baselines_rule', 'leaks_rule', 'shortcuts_rule']
+           'dice', 'keep', 'enclosing', 'near_edges', 'occlusions', 'draw_changes', 'occluded_predictions',
+           'pool_parts', 'occlusion_table', 'stamp', 'markers', 'marker_table', 'attribute_levels', 'level_scores',
+           'macro_samples', 'attribute_probes', 'judge_both', 'shortcut_rows', 'draw_shortcuts', 'baselines_part',
+           'leaks_part', 'shortcuts_part', 'baselines_rule', 'leaks_rule', 'shortcuts_rule']
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #7a1d5006
 from dataclasses import replace
@@ -148,43 +148,15 @@ def baseline_rows(
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #5447d47b
 LUNGS = (
-    np.array(
-        [
-            (-0.12, 0.62),
-            (-0.12, -0.55),
-            (-0.2, -0.85),
-            (-0.35, -0.98),
-            (-0.5, -1),
-            (-0.66, -0.85),
-            (-0.8, -0.5),
-            (-0.9, -0.1),
-            (-0.97, 0.4),
-            (-1, 0.95),
-            (-0.85, 0.85),
-            (-0.6, 0.72),
-            (-0.35, 0.7),
-        ]
-    ),
-    np.array(
-        [
-            (0.12, -0.1),
-            (0.12, -0.55),
-            (0.2, -0.85),
-            (0.35, -0.98),
-            (0.5, -1),
-            (0.66, -0.85),
-            (0.8, -0.5),
-            (0.9, -0.1),
-            (0.97, 0.4),
-            (1, 1),
-            (0.85, 0.95),
-            (0.65, 0.82),
-            (0.5, 0.78),
-            (0.38, 0.5),
-            (0.25, 0.2),
-        ]
-    ),
-)
+    np.array([
+        (-0.12, 0.62), (-0.12, -0.55), (-0.2, -0.85), (-0.35, -0.98), (-0.5, -1), (-0.66, -0.85), (-0.8, -0.5),
+        (-0.9, -0.1), (-0.97, 0.4), (-1, 0.95), (-0.85, 0.85), (-0.6, 0.72), (-0.35, 0.7),
+    ]),
+    np.array([
+        (0.12, -0.1), (0.12, -0.55), (0.2, -0.85), (0.35, -0.98), (0.5, -1), (0.66, -0.85), (0.8, -0.5),
+        (0.9, -0.1), (0.97, 0.4), (1, 1), (0.85, 0.95), (0.65, 0.82), (0.5, 0.78), (0.38, 0.5), (0.25, 0.2),
+    ]),
+)  # fmt: skip
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #39d795d9
 PRIOR = np.array(
@@ -259,6 +231,13 @@ def enclosing(mask):  # (B,1,H,W) bool
     span = lambda v, dim: (v.cummax(dim).values & v.flip(dim).cummax(dim).values.flip(dim)).bool()
     return span(r, 2) & span(c, 3)
 
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #9eb98390
+def near_edges(x, share: float) -> tuple:  # (1,1,H,1) and (1,1,1,W) bool
+    "Rows and columns that lie nearer to an edge than a share of the side."
+    distance = [torch.minimum(i, i.flip(0)) for i in (torch.arange(n, device=x.device) for n in x.shape[2:])]
+    rows, columns = (d < share * n for d, n in zip(distance, x.shape[2:]))
+    return rows.reshape(1, 1, -1, 1), columns.reshape(1, 1, 1, -1)
+
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #be682cbd
 def occlusions(
     lungs,  # (N,h,w) bool from `lung_fields`, for all rows of the store, of any size
@@ -269,36 +248,26 @@ def occlusions(
     "What is done to images before the model sees them."
 
     def fields(x, rows, more=0.0):
-        m = F.interpolate(
-            torch.as_tensor(np.asarray(lungs[rows], np.float32))[:, None].to(x.device), x.shape[2:], mode='nearest'
-        )
-        r = round(more * x.shape[-1])
+        m = torch.as_tensor(np.asarray(lungs[rows], np.float32))[:, None].to(x.device)
+        m, r = F.interpolate(m, x.shape[2:], mode='nearest'), round(more * x.shape[-1])
         return (F.max_pool2d(m, 2 * r + 1, 1, r) if r else m) > 0.5
 
-    def near(x, share):  # (1,1,H,W): distance to the nearest edge below `share` of the side; rows, columns
-        k = [torch.arange(n, device=x.device) for n in x.shape[2:]]
-        return [
-            (torch.minimum(i, n - 1 - i) < share * n).reshape(s)
-            for i, n, s in zip(k, x.shape[2:], ((1, 1, -1, 1), (1, 1, 1, -1)))
-        ]
-
     def at_border(x, rows):
-        r, c = near(x, border)
+        r, c = near_edges(x, border)
         return keep(x, (r | c).expand_as(x))
 
     def at_corners(x, rows):
-        r, c = near(x, corner)
+        r, c = near_edges(x, corner)
         return keep(x, (r & c).expand_as(x))
 
+    blurred = dict(mode='bilinear', align_corners=False)
     return {
         'no lungs': lambda x, rows: keep(x, ~fields(x, rows, grow)),
         'no thorax': lambda x, rows: keep(x, ~enclosing(fields(x, rows, grow))),
         'border only': at_border,
         'corners only': at_corners,
         'lungs only': lambda x, rows: keep(x, fields(x, rows)),
-        'silhouette': lambda x, rows: F.interpolate(
-            F.adaptive_avg_pool2d(x, 8), x.shape[2:], mode='bilinear', align_corners=False
-        ),
+        'silhouette': lambda x, rows: F.interpolate(F.adaptive_avg_pool2d(x, 8), x.shape[2:], **blurred),
         'constant': lambda x, rows: torch.full_like(x, 0.5),
     }
 
@@ -368,6 +337,15 @@ GLYPH = np.array(
     np.float32,
 )  # an L
 
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #b9eabd0f
+def stamp(x, k: int, top, left):  # (B,1,H,W); side of the marker, its rows and columns (B,), in pixels
+    "The images with the marker at a place of their own."
+    g = F.interpolate(torch.as_tensor(GLYPH, device=x.device)[None, None], (k, k))[0, 0].to(x.dtype)
+    x, i, at = x.clone(), torch.arange(len(x), device=x.device)[:, None, None], torch.arange(k, device=x.device)
+    top, left = (torch.as_tensor(v, device=x.device)[:, None, None] for v in (top, left))
+    x[i, 0, top + at[:, None], left + at] = g
+    return x
+
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #79fcdd72
 def markers(
     lungs,  # (N,h,w) bool from `lung_fields`, for all rows of the store
@@ -376,35 +354,23 @@ def markers(
 ) -> dict:  # name -> change(x, row numbers) -> x
     "A marker in each corner, and at a random place in the background."
 
-    def stamp(x, top, left):  # (B,) pixels each
-        k = max(6, round(size * x.shape[-1]))
-        g = F.interpolate(torch.as_tensor(GLYPH, device=x.device)[None, None], (k, k))[0, 0].to(x.dtype)
-        x, i, at = x.clone(), torch.arange(len(x), device=x.device)[:, None, None], torch.arange(k, device=x.device)
-        x[
-            i,
-            0,
-            torch.as_tensor(top, device=x.device)[:, None, None] + at[:, None],
-            torch.as_tensor(left, device=x.device)[:, None, None] + at,
-        ] = g
-        return x
+    side = lambda x: max(6, round(size * x.shape[-1]))
 
     def corner(down, right):
         def change(x, rows):
-            far = x.shape[-1] - max(6, round(size * x.shape[-1])) - 1
-            return stamp(x, np.full(len(x), far if down else 1), np.full(len(x), far if right else 1))
+            far = x.shape[-1] - side(x) - 1
+            return stamp(x, side(x), np.full(len(x), far if down else 1), np.full(len(x), far if right else 1))
 
         return change
 
     def background(x, rows):
-        n, k = x.shape[-1], max(6, round(size * x.shape[-1]))
-        return stamp(
-            x,
-            *np.array([_free_place(np.asarray(lungs[r], np.uint8), n, k, rng(seed, 'marker', int(r))) for r in rows]).T,
-        )
+        streams = [rng(seed, 'marker', int(r)) for r in rows]
+        fields = [np.asarray(lungs[r], np.uint8) for r in rows]
+        places = [_free_place(f, x.shape[-1], side(x), s) for f, s in zip(fields, streams)]
+        return stamp(x, side(x), *np.array(places).T)
 
-    return {
-        f'{v} {h}': corner(v == 'bottom', h == 'right') for v in ('top', 'bottom') for h in ('left', 'right')
-    } | dict(background=background)
+    corners = {f'{v} {h}': corner(v == 'bottom', h == 'right') for v in ('top', 'bottom') for h in ('left', 'right')}
+    return corners | dict(background=background)
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #48a47b90
 def _free_place(lungs, n, k, g):  # top, left of a k x k block away from the corners that overlaps the lungs least
@@ -606,30 +572,17 @@ def shortcuts_part(s: Subject) -> dict:
     images, lungs, tested = s.cohort.images, lung_fields(s.store.images), s.models()
     tables = [baseline_rows({k: baseline_frame(s.study, k) for k in BASELINES}, how=s.how)]
     if leaky := leaking_rows(s.study):
-        tables.insert(
-            0,
-            split_inflation(
-                dict(group=s.frame) | {k: row_frames(s.study, r, leaky=True)[0] for k, r in leaky.items()}, how=s.how
-            ),
-        )
+        frames = {k: row_frames(s.study, r, leaky=True)[0] for k, r in leaky.items()}
+        tables.insert(0, split_inflation(dict(group=s.frame) | frames, how=s.how))
     for changes, judge in ((occlusions(lungs), occlusion_table), (markers(lungs, seed=s.seed), marker_table)):
-        tables.append(
-            judge(
-                [
-                    occluded_predictions(t.model, s.batches(t.rows, t.batch_size), images, changes, t.scores, t.fold)
-                    for t in tested
-                ],
-                how=s.how,
-            )
-        )
+        frames = [
+            occluded_predictions(t.model, s.batches(t.rows, t.batch_size), images, changes, t.scores, t.fold)
+            for t in tested
+        ]
+        tables.append(judge(frames, how=s.how))
     first = tested[0]
-    tables.append(
-        attribute_probes(
-            embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size)),
-            images,
-            how=s.how,
-        )
-    )
+    z = embed(first.model.to(s.device).encoder, s.batches(np.arange(len(images)), first.batch_size))
+    tables.append(attribute_probes(z, images, how=s.how))
     return dict(shortcuts=shortcut_rows(*tables), overlap=patient_overlap(images, s.study['n_folds']))
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #6482a19e

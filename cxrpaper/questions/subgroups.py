@@ -9,6 +9,7 @@ __all__ = ['SHARES', 'AGES', 'BY', 'Sample', 'METRICS', 'LEAST', 'TOO_FEW', 'sim
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #dd84f39e
 from collections import namedtuple
+from functools import partial
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -86,7 +87,7 @@ def subgroup_rows(
     by=BY,
     specificity: float = 0.9,  # that the threshold keeps on the validation rows
     leaky: bool = False,
-) -> pd.DataFrame:  # the test rows with `age band` and `called` (1, 0, NaN where no row validates)
+) -> pd.DataFrame:  # the test rows with `age band` and `predicted` (1, 0, NaN where no row validates)
     "The checked test rows, each with its groups and its decision."
     df = decision_rows(frames, leaky)
     if 'age' in df:
@@ -98,17 +99,17 @@ def subgroup_rows(
             field='by',
             hint='give predictions of 04_finetune, or name the attributes that are there',
         )
-    (positive, score), called = outcome(df, 'any'), np.full(len(df), np.nan)
+    (positive, score), predicted = outcome(df, 'any'), np.full(len(df), np.nan)
     for learn, judge in fold_pairs(df) if (df.split == 'val').any() else ():
         t = threshold_at(positive[learn], score[learn], np.ones((len(learn), 1)), 'specificity', specificity)[0]
         if not np.isnan(t):
-            called[judge] = score[judge] >= t
+            predicted[judge] = score[judge] >= t
     known = {c: df[c].fillna('unknown').astype(str).replace('', 'unknown') for c in by}
-    return df.assign(called=called, **known)[df.split == 'test'].reset_index(drop=True)
+    return df.assign(predicted=predicted, **known)[df.split == 'test'].reset_index(drop=True)
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #3e1be68f
 Sample = namedtuple(
-    'Sample', 'y p called w classes'
+    'Sample', 'y p predicted w classes'
 )  # (N,) class, (N,4) probabilities, (N,) 0/1, (N,B) weights, the classes that count
 
 
@@ -121,8 +122,8 @@ METRICS = dict(
     auc_macro=lambda s: np.mean([auc(s.y == k, s.p[:, k], s.w) for k in s.classes], 0),
     auc_any=lambda s: auc(s.y > 0, 1 - s.p[:, 0], s.w),
     accuracy=lambda s: _mean(s.p.argmax(1) == s.y, s.w),
-    sensitivity=lambda s: _mean(s.called[s.y > 0], s.w[s.y > 0]),
-    specificity=lambda s: _mean(1 - s.called[s.y == 0], s.w[s.y == 0]),
+    sensitivity=lambda s: _mean(s.predicted[s.y > 0], s.w[s.y > 0]),
+    specificity=lambda s: _mean(1 - s.predicted[s.y == 0], s.w[s.y == 0]),
     calibration=lambda s: _mean(1 - s.p[:, 0] - (s.y > 0), s.w),
 )
 
@@ -133,7 +134,7 @@ def standardise(
 ) -> Sample:  # its other classes are left out
     "Weights with which the classes have the wanted shares in every resample."
     keep = np.isin(s.y, s.classes)
-    s = Sample(s.y[keep], s.p[keep], s.called[keep], s.w[keep], s.classes)
+    s = Sample(s.y[keep], s.p[keep], s.predicted[keep], s.w[keep], s.classes)
     factor = np.zeros((len(CLASSES), s.w.shape[1]))
     for k in s.classes:
         total = s.w[s.y == k].sum(0)
@@ -174,7 +175,7 @@ def enough(
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #de7c4b7c
 def _sample(d, rows, classes, w):  # d: from `subgroup_rows`, as arrays
-    return Sample(d['y'][rows], d['p'][rows], d['called'][rows], w[rows], classes)
+    return Sample(d['y'][rows], d['p'][rows], d['predicted'][rows], w[rows], classes)
 
 
 def _value(metric, s, shares):  # -> (B,)
@@ -191,7 +192,7 @@ def _arrays(df, unit):
     return dict(
         y=y,
         p=probabilities(df),
-        called=df.called.to_numpy(float),
+        predicted=df.predicted.to_numpy(float),
         unit=code,
         n_units=len(names),
         shares=np.bincount(y, minlength=len(CLASSES)) / len(y),
@@ -206,7 +207,7 @@ def _wanted(df, metrics):  # those that can be computed; InputError for a name t
             field='metrics',
             hint=f'the metrics are {", ".join(METRICS)}, each with or without _standard',
         )
-    return [m for m in names if not (m.startswith('s') and df.called.isna().any())]
+    return [m for m in names if not (m.startswith('s') and df.predicted.isna().any())]
 
 
 def _levels(df, by):
@@ -234,7 +235,7 @@ def chance_error(
 
 def _baseline(metric, d, i, classes):  # `chance_error` of the rows i
     m, y, u = metric.removesuffix('_standard'), d['y'], d['unit']
-    every = Sample(y, d['p'], d['called'], np.ones((len(y), 1)), classes)
+    every = Sample(y, d['p'], d['predicted'], np.ones((len(y), 1)), classes)
     value = [auc(y == k, d['p'][:, k], every.w)[0] for k in classes] if m == 'auc_macro' else METRICS[m](every)[0]
     return chance_error(m, value, _numbers(m, y[i], u[i], classes))
 
@@ -249,6 +250,41 @@ def _ends(metric, value, samples, baseline, level):  # (n_boot,); from `_baselin
     half /= v * (1 - v)  # on the logit scale, where no end leaves (0, 1)
     return min(float(expit(logit(v) - half)), value), max(float(expit(logit(v) + half)), value)
 
+# %% ../../nbs/appendix/questions/subgroups.ipynb #1b5d0c06
+def _possible(metric, y, u, classes, least) -> bool:  # of the images in question
+    "Are there patients enough for this metric?"
+    m = metric.removesuffix('_standard')
+    return enough(m, y, u, classes, least) and (len(classes) > 1 or m == metric)
+
+
+def _value_of(d, metric, classes):  # (rows, weights (N,B)) -> (B,)
+    "The metric as a function of the images and of their weights."
+    return lambda rows, w: _value(metric, _sample(d, rows, classes, w), d['shares'])
+
+
+def _resampled(d, values, how: Resampling) -> list:  # of functions of the weights, or None; (n_boot, ...) or None
+    "Every value under the same resampled patients."
+    drawn = [[] for _ in values]
+    for q in how.weights(d['n_units']):
+        w = q[d['unit']]
+        for out, of in zip(drawn, values):
+            if of:
+                out.append(of(w))
+    return [np.concatenate(o) if o else None for o in drawn]
+
+
+def _first_columns(of, metric, rows, n, classes) -> dict:  # n: number of all images
+    "The metric of a group and of all images, the classes that it is made of, or why there is none."
+    everyone = np.ones((n, 1))
+    named = 'auc_macro' in metric or metric.endswith('_standard')
+    return dict(
+        metric=metric,
+        value=of(rows, everyone)[0] if of else np.nan,
+        overall=of(np.arange(n), everyone)[0] if of else np.nan,
+        classes=', '.join(CLASSES[k] for k in classes) if named else '',
+        note='' if of else TOO_FEW,
+    )
+
 # %% ../../nbs/appendix/questions/subgroups.ipynb #56390339
 def subgroup_metrics(
     frames,  # predictions, a frame or one per fold (of one seed), with the columns of `by`
@@ -261,59 +297,26 @@ def subgroup_metrics(
     "Every metric of every group with its interval; first all images together."
     df = subgroup_rows(frames, by, leaky=leaky)
     d = _arrays(df, how.unit)
-    everyone = np.ones((len(df), 1))
-    rows, cases = [], []
+    rows, values = [], []
     for a, l, m in [('all', 'all', np.ones(len(df), bool)), *_levels(df, by)]:
         i = np.flatnonzero(m)
         y, u = d['y'][i], d['unit'][i]
         classes = countable(y, u, least)
-        about = dict(
-            attribute=a,
-            group=l,
-            n=len(i),
-            n_patients=len(np.unique(u)),
-            **{f'n_{c}': int((y == k).sum()) for k, c in enumerate(CLASSES)},
-        )
+        counts = {f'n_{c}': int((y == k).sum()) for k, c in enumerate(CLASSES)}
+        about = dict(attribute=a, group=l, n=len(i), n_patients=len(np.unique(u)), **counts)
         for metric in _wanted(df, metrics):
-            ok = enough(metric.removesuffix('_standard'), y, u, classes, least) and (
-                len(classes) > 1 or not metric.endswith('_standard')
-            )
-            of = lambda rows, w, metric=metric, classes=classes: _value(
-                metric, _sample(d, rows, classes, w), d['shares']
-            )
-            cases.append((i, of) if ok else None)
-            rows.append(
-                about
-                | dict(
-                    metric=metric,
-                    value=of(i, everyone)[0] if ok else np.nan,
-                    overall=of(np.arange(len(df)), everyone)[0] if ok else np.nan,
-                    classes=', '.join(CLASSES[k] for k in classes)
-                    if 'auc_macro' in metric or metric.endswith('_standard')
-                    else '',
-                    note='' if ok else TOO_FEW,
-                )
-            )
-    drawn = [[] for _ in cases]
-    for q in how.weights(d['n_units']):
-        w = q[d['unit']]
-        for out, c in zip(drawn, cases):
-            if c:
-                out.append(c[1](c[0], w))
-    ends = [
-        _ends(
-            r['metric'],
-            r['value'],
-            np.concatenate(s),
-            _baseline(r['metric'], d, c[0], countable(d['y'][c[0]], d['unit'][c[0]], least)),
-            how.level,
-        )
-        if s
-        else (np.nan, np.nan)
-        for r, s, c in zip(rows, drawn, cases)
-    ]
+            of = _value_of(d, metric, classes) if _possible(metric, y, u, classes, least) else None
+            values.append(of and partial(of, i))
+            rows.append(about | _first_columns(of, metric, i, len(df), classes))
+    t, drawn = pd.DataFrame(rows), _resampled(d, values, how)
+    ends = [(np.nan, np.nan)] * len(t)
+    for k, (r, s) in enumerate(zip(rows, drawn)):
+        if s is not None:
+            i = values[k].args[0]
+            b = _baseline(r['metric'], d, i, countable(d['y'][i], d['unit'][i], least))
+            ends[k] = _ends(r['metric'], r['value'], s, b, how.level)
     first = ['attribute', 'group', 'metric', 'value', 'lo', 'hi', 'overall']
-    t = pd.DataFrame(rows).assign(lo=[e[0] for e in ends], hi=[e[1] for e in ends])
+    t = t.assign(lo=[e[0] for e in ends], hi=[e[1] for e in ends])
     return t[[*first, *(c for c in t if c not in first)]]
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #d3c1ea49
@@ -323,6 +326,10 @@ def _comparisons(df, by):  # attribute, group, rows of it, rows of the others
         for l, m in levels[:1] if len(levels) == 2 else levels:
             if len(levels) > 1:
                 yield a, l, np.flatnonzero(m), np.flatnonzero((df[a] != 'unknown').to_numpy() & ~m)
+
+# %% ../../nbs/appendix/questions/subgroups.ipynb #20077c10
+def _gap(of, group, others, w):  # of: from `_value_of`; rows, rows; weights -> (B,)
+    return of(group, w) - of(others, w)
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #1fbea09e
 def subgroup_gaps(
@@ -336,37 +343,21 @@ def subgroup_gaps(
     "Each group minus all others of its attribute, with interval and p, corrected over all rows; `detectable`: the gap that would be found with 80 % power after correction."
     df = subgroup_rows(frames, by, leaky=leaky)
     d = _arrays(df, how.unit)
-    once = np.ones((len(df), 1))
-    rows, sides = [], []
+    once, rows, sides = np.ones((len(df), 1)), [], []
     for a, l, i, j in _comparisons(df, by):
-        classes = [
-            k for k in countable(d['y'][i], d['unit'][i], least) if k in countable(d['y'][j], d['unit'][j], least)
-        ]
+        both = [countable(d['y'][r], d['unit'][r], least) for r in (i, j)]
+        classes = [k for k in both[0] if k in both[1]]
+        counts = dict(n=len(i), n_patients=len(np.unique(d['unit'][i])), n_others=len(j))
         for metric in _wanted(df, metrics):
-            m = metric.removesuffix('_standard')
-            ok = all(enough(m, d['y'][r], d['unit'][r], classes, least) for r in (i, j)) and (
-                len(classes) > 1 or m == metric
-            )
-            of = lambda w, i=i, j=j, metric=metric, classes=classes: np.array(
-                [_value(metric, _sample(d, r, classes, w), d['shares']) for r in (i, j)]
-            )
-            value, others = of(once)[:, 0] if ok else (np.nan, np.nan)
-            sides.append((of, np.hypot(*(_baseline(metric, d, r, classes) for r in (i, j)))) if ok else None)
-            rows.append(
-                dict(
-                    attribute=a,
-                    group=l,
-                    metric=metric,
-                    value=value,
-                    others=others,
-                    gap=value - others,
-                    classes=', '.join(CLASSES[k] for k in classes) if 'auc_macro' in metric or m != metric else '',
-                    n=len(i),
-                    n_patients=len(np.unique(d['unit'][i])),
-                    n_others=len(j),
-                    note='' if ok else TOO_FEW,
-                )
-            )
+            ok = all(_possible(metric, d['y'][r], d['unit'][r], classes, least) for r in (i, j))
+            of = _value_of(d, metric, classes)
+            value, others = (of(r, once)[0] if ok else np.nan for r in (i, j))
+            error = np.hypot(*(_baseline(metric, d, r, classes) for r in (i, j))) if ok else None
+            sides.append((partial(_gap, of, i, j), error) if ok else None)
+            named = 'auc_macro' in metric or metric.endswith('_standard')
+            about = dict(attribute=a, group=l, metric=metric, value=value, others=others, gap=value - others)
+            about |= dict(classes=', '.join(CLASSES[k] for k in classes) if named else '', **counts)
+            rows.append(about | dict(note='' if ok else TOO_FEW))
     errors = _errors(d, sides, how)
     return _judged(pd.DataFrame(rows), errors, how.level)
 
@@ -374,19 +365,11 @@ def subgroup_gaps(
 def _errors(
     d, sides, how: Resampling
 ):  # standard error of each gap, NaN where it is not tested or too many resamples are undefined
-    drawn = [[] for _ in sides]
-    for q in how.weights(d['n_units']):
-        w = q[d['unit']]
-        for out, s in zip(drawn, sides):
-            if s:
-                v = s[0](w)
-                out.append(v[0] - v[1])
+    drawn = _resampled(d, [s and s[0] for s in sides], how)
     return np.array(
         [
-            np.nan
-            if s is None or np.isnan(percentile_interval(x := np.concatenate(o))[0])
-            else max(np.nanstd(x, ddof=1), s[1])
-            for o, s in zip(drawn, sides)
+            np.nan if x is None or np.isnan(percentile_interval(x)[0]) else max(np.nanstd(x, ddof=1), s[1])
+            for x, s in zip(drawn, sides)
         ]
     )
 
@@ -463,9 +446,8 @@ def draw_forest(
     if not len(t):
         raise InputError(f'no rows of {metric}', field='metric', hint='name it in metrics of subgroup_metrics')
     every = t[t.attribute == 'all'].iloc[0]
-    t = t.sort_values(
-        'attribute', key=lambda a: a.map({k: i for i, k in enumerate(dict.fromkeys(t.attribute))}), kind='stable'
-    )
+    order = {k: i for i, k in enumerate(dict.fromkeys(t.attribute))}
+    t = t.sort_values('attribute', key=lambda a: a.map(order), kind='stable')
     at = -(np.arange(len(t)) + 0.6 * t.attribute.ne(t.attribute.shift()).cumsum().to_numpy())
     ax.axvline(every.value, color=other, ls=':', lw=1)
     for y, r in zip(at, t.itertuples()):
@@ -476,19 +458,10 @@ def draw_forest(
             ax.plot(r.value, y, 'D' if r.attribute == 'all' else 's', color=colour, ms=4)
             if r.classes != every.classes:
                 ax.plot(r.overall, y, '|', color=other, ms=8)
-    ax.set_yticks(
-        at,
-        [
-            ('all patients' if r.attribute == 'all' else f'{r.attribute}: {r.group}')
-            + f'  ({r.n:,} / {r.n_patients:,})'
-            for r in t.itertuples()
-        ],
-    )
-    ax.set(
-        xlabel=name or metric.replace('_', ' ') + ' (95 % interval)',
-        title='group (images / patients)',
-        ylim=(at[-1] - 0.8, 0.2),
-    )
+    names = ['all patients' if r.attribute == 'all' else f'{r.attribute}: {r.group}' for r in t.itertuples()]
+    ax.set_yticks(at, [f'{k}  ({r.n:,} / {r.n_patients:,})' for k, r in zip(names, t.itertuples())])
+    label = name or metric.replace('_', ' ') + ' (95 % interval)'
+    ax.set(xlabel=label, title='group (images / patients)', ylim=(at[-1] - 0.8, 0.2))
     ax.title.set_ha('right')
     ax.tick_params(axis='y', length=0)
 

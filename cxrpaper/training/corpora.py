@@ -236,31 +236,22 @@ def corpus_record(
     "What a pre-training run saw and what was kept from it."
     rows = held_out_rows(labelled, folds, fold)
     if table.attrs.get('held_out') != digest(sorted(labelled.images.image.iloc[rows])):
-        raise InputError(
-            'the table was made for other held-out images',
-            field='table',
-            hint='give exclude the rows of the same folds and fold',
-        )
-    return dict(
-        corpus=corpus.name,
-        digest=corpus.digest,
-        n=len(table),
-        used=int(table.used.sum()),
-        used_digest=pretraining_corpus(corpus, table).digest,
-        excluded=excluded_counts(table),
-        max_distance=table.attrs['max_distance'],
-        same_corpus=table.attrs['same_corpus'],
-        labelled=dict(
-            name=labelled.name,
-            digest=labelled.digest,
-            n_folds=None if fold is None else int(np.max(folds)) + 1,
-            fold=fold,
-            fold_seed=None if fold is None else fold_seed,
-            split_by=None if fold is None else split_by,
-            n_rows=len(rows),
-            held_out=table.attrs['held_out'],
-        ),
+        hint = 'give exclude the rows of the same folds and fold'
+        raise InputError('the table was made for other held-out images', field='table', hint=hint)
+    whole = fold is None  # everything labelled is held out, whatever its fold
+    held = dict(
+        name=labelled.name,
+        digest=labelled.digest,
+        n_folds=None if whole else int(np.max(folds)) + 1,
+        fold=fold,
+        fold_seed=None if whole else fold_seed,
+        split_by=None if whole else split_by,
+        n_rows=len(rows),
+        held_out=table.attrs['held_out'],
     )
+    about = dict(corpus=corpus.name, digest=corpus.digest, n=len(table), used=int(table.used.sum()))
+    about |= dict(used_digest=pretraining_corpus(corpus, table).digest, excluded=excluded_counts(table))
+    return about | {k: table.attrs[k] for k in ('max_distance', 'same_corpus')} | dict(labelled=held)
 
 # %% ../../nbs/appendix/training/corpora.ipynb #3d5b8f21
 def check_unseen(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SPEED', 'LOSSES', 'split_rows', 'pretrained_file', 'label_subset', 'Augmenting', 'averaged_from',
-           'BestCheckpoint', 'StageSchedule', 'Freezing', 'parameter_groups', 'finetuner', 'predict', 'prediction_rows',
-           'make_model', 'make_loss', 'fit', 'training_batches', 'refresh_statistics', 'dynamics_table', 'score_rows',
-           'BoxPrior', 'mask_rows', 'finetune', 'save_masks', 'load_model']
+           'running_mean', 'BestCheckpoint', 'StageSchedule', 'Freezing', 'parameter_groups', 'finetuner', 'predict',
+           'prediction_rows', 'make_model', 'make_loss', 'fit', 'training_batches', 'refresh_statistics',
+           'dynamics_table', 'score_rows', 'BoxPrior', 'mask_rows', 'finetune', 'save_masks', 'load_model']
 
 # %% ../../nbs/04_finetune.ipynb #e4b78bd7
 PROFILES = dict(
@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from torch.optim.swa_utils import update_bn
 
 from ..evaluation.masks import join, prior_logits, save_mask_scores, score_masks
@@ -133,6 +134,15 @@ def averaged_from(epochs: int) -> int:
     "The first of the epochs, counted from 0, whose weights are averaged: the second half of the training."
     return epochs // 2
 
+
+def running_mean(
+    mean: dict,
+    new: dict,  # name -> tensor
+    k: int,  # how many the mean holds already; 0 and less: none, the new ones begin it
+) -> dict:
+    "The mean of weights with one more of them in it, in their own type."
+    return {name: (mean[name] + (w - mean[name]) / (k + 1)).to(w.dtype) for name, w in new.items()} if k > 0 else new
+
 # %% ../../nbs/04_finetune.ipynb #d4f8df70
 class BestCheckpoint(EpochRecorder):
     "Validation AUC of every epoch; keeps the mean of the weights in the second half of the training, those of the last epoch, or those of the epoch with the highest macro AUC (of equals, the lower loss). `dynamics`: the probability of its label that each training image was given, epoch by epoch."
@@ -141,8 +151,8 @@ class BestCheckpoint(EpochRecorder):
 
     def __init__(self, select='average', progress=True):
         super().__init__(progress)
-        self.select, self.best, self.best_weights, self.best_epoch = select, (-np.inf, -np.inf), None, None
-        self.dynamics = []
+        self.select, self.best = select, (-np.inf, -np.inf)
+        self.best_weights, self.best_epoch, self.dynamics = None, None, []
 
     def before_train(self):
         super().before_train()
@@ -151,38 +161,42 @@ class BestCheckpoint(EpochRecorder):
     def before_validate(self):
         self.logits, self.targets = [], []
 
-    def after_batch(self):
-        super().after_batch()
-        z, y = (self.pred[0] if isinstance(self.pred, tuple) else self.pred).detach(), self.yb[0]
-        if not self.training:
-            self.logits.append(z.cpu())
-            self.targets.append(y.cpu())
-        elif getattr(self.loss_func, 'stage', 'joint') != 'segmentation':
-            self.drawn.append(self.dls.train.part)
-            self.believed.append(self.loss_func.scores(z).softmax(1).gather(1, y[:, None])[:, 0])
-
-    def measure(self):
-        self.dynamics.append(torch.from_numpy(mean_by_row(self.drawn, self.believed, len(self.dls.train.images))))
-        z = self.loss_func.scores(torch.cat(self.logits)).numpy()
-        return dict(val_auc_macro=float(point_metrics(torch.cat(self.targets).numpy(), softmax(z))['auc_macro']))
-
-    def judge(self, row):
-        if getattr(self.loss_func, 'stage', 'joint') == 'segmentation':
-            return
-        auc = row['val_auc_macro'] if np.isfinite(row['val_auc_macro']) else -1.0
-        score = (auc, -row['val_loss'])
-        if self.select == 'auc' and score <= self.best:
-            return
-        weights = {k: v.detach().cpu().clone() for k, v in plain(self.model).state_dict().items()}
-        if self.select == 'average' and (k := self.epoch - averaged_from(self.n_epoch)) > 0:
-            weights = {
-                name: (self.best_weights[name] + (w - self.best_weights[name]) / (k + 1)).to(w.dtype)
-                for name, w in weights.items()
-            }
-        self.best, self.best_epoch, self.best_weights = score, self.epoch, weights
-
     def line(self, row):
         return f"training loss {row['train_loss']:.3f}  validation loss {row['val_loss']:.3f}  validation macro AUC {row['val_auc_macro']:.3f}"
+
+# %% ../../nbs/04_finetune.ipynb #77dbedfc
+@patch
+def after_batch(self: BestCheckpoint):
+    super(BestCheckpoint, self).after_batch()
+    z, y = (self.pred[0] if isinstance(self.pred, tuple) else self.pred).detach(), self.yb[0]
+    if not self.training:
+        self.logits.append(z.cpu())
+        self.targets.append(y.cpu())
+    elif getattr(self.loss_func, 'stage', 'joint') != 'segmentation':
+        self.drawn.append(self.dls.train.part)
+        self.believed.append(self.loss_func.scores(z).softmax(1).gather(1, y[:, None])[:, 0])
+
+
+@patch
+def measure(self: BestCheckpoint):
+    believed = mean_by_row(self.drawn, self.believed, len(self.dls.train.images))
+    self.dynamics.append(torch.from_numpy(believed))
+    z = self.loss_func.scores(torch.cat(self.logits)).numpy()
+    return dict(val_auc_macro=float(point_metrics(torch.cat(self.targets).numpy(), softmax(z))['auc_macro']))
+
+# %% ../../nbs/04_finetune.ipynb #06df1e7f
+@patch
+def judge(self: BestCheckpoint, row):
+    if getattr(self.loss_func, 'stage', 'joint') == 'segmentation':
+        return
+    auc = row['val_auc_macro'] if np.isfinite(row['val_auc_macro']) else -1.0
+    score = (auc, -row['val_loss'])
+    if self.select == 'auc' and score <= self.best:
+        return
+    weights = {k: v.detach().cpu().clone() for k, v in plain(self.model).state_dict().items()}
+    if self.select == 'average':
+        weights = running_mean(self.best_weights, weights, self.epoch - averaged_from(self.n_epoch))
+    self.best, self.best_epoch, self.best_weights = score, self.epoch, weights
 
 # %% ../../nbs/04_finetune.ipynb #23739039
 class StageSchedule(Callback):
@@ -406,14 +420,13 @@ def finetune(
     device = start_device(device)
     folder, images = begin(run), cohort.images
     rows = split_rows(images.label.values, folds, p.fold, p.n_folds)
-    length = len(rows['train'])  # an epoch stays as long with few labels
+    epoch = rows['train']  # stays as long with few labels
     rows['train'] = label_subset(images.label.values, images.group.values, rows['train'], p.label_fraction, p.draw)
-    drawn = rows | dict(epoch=np.resize(rows['train'], length))
+    drawn = rows | dict(epoch=np.resize(rows['train'], len(epoch)))
     model, history, source, best_epoch, dynamics = fit(store, images, drawn, p, folder / 'checkpoint.pt', device)
     predictions, scores = score_rows(model, store, images, rows, ('val', 'test'), p, device)
-    write_csv(folder / 'predictions.csv', predictions)
-    write_csv(folder / 'history.csv', history)
-    write_csv(folder / 'dynamics.csv', dynamics)
+    for name, table in dict(predictions=predictions, history=history, dynamics=dynamics).items():
+        write_csv(folder / f'{name}.csv', table)
     if scores:
         save_masks(folder, model, scores, store, images, rows, p)
     save_weights(model, folder / 'weights.safetensors', pretrain=p.pretrain, px=p.px, classes=','.join(CLASSES))
@@ -423,9 +436,7 @@ def finetune(
         cohort=dict(name=cohort.name, digest=cohort.digest, images=len(images)),
         store=store.digest,
         pretrained=source,
-        device_type=str(device),
-        best_epoch=best_epoch,
-        n={k: len(v) for k, v in rows.items()},
+        **dict(device_type=str(device), best_epoch=best_epoch, n={k: len(v) for k, v in rows.items()}),
         **describe(model.cpu(), p.px),
     )
 

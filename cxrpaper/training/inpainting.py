@@ -23,7 +23,7 @@ from scipy.sparse.linalg import spsolve
 from torch import Generator, Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ..evaluation.metrics import percentile_interval, resampled_units
+from ..evaluation.metrics import DEFAULT, Resampling
 from ..models.nets import Encoder, autocast_for, precision_of
 from ..models.weights import load_weights
 from ..runs import InputError, as_parameters, load_run, resolve, torch_generator, write_csv
@@ -342,17 +342,14 @@ def restore(
             out.append((torch.where(h, pred.float(), x) if keep else pred.float())[:, 0].cpu().numpy())
     return np.concatenate(out) if out else np.zeros(images.shape, np.float32)
 
-# %% ../../nbs/03_inpainting.ipynb #a20928d7
-def harmonic(
-    values: np.ndarray,  # (h,w) float; read where `hidden` is False
-    hidden: np.ndarray,  # (h,w) bool
-) -> np.ndarray:  # (h,w) float64: hidden pixels are the mean of their neighbours within the image
-    "Smooth interpolation: the solution of Laplace's equation in the holes."
-    out = values.astype(np.float64)
+# %% ../../nbs/03_inpainting.ipynb #c86c44a9
+def _laplace(
+    values: np.ndarray,  # (h,w) float64
+    hidden: np.ndarray,  # (h,w) bool, True somewhere
+) -> tuple:  # sparse (n,n), (n,): an equation for each hidden pixel
+    "The number of its neighbours times a hidden pixel, minus its hidden neighbours, is the sum of the visible ones."
     number = np.full(hidden.shape, -1)
     number[hidden] = np.arange(hidden.sum())
-    if hidden.all():
-        raise InputError('nothing is visible', field='hidden', hint='leave a part of the image')
     y, x = np.nonzero(hidden)
     n, b, rows, cols, degree = len(y), np.zeros(len(y)), [], [], np.zeros(len(y))
     for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
@@ -364,18 +361,22 @@ def harmonic(
         inner = other >= 0
         rows.append(i[inner])
         cols.append(other[inner])
-        b[i[~inner]] += out[near][~inner]
+        b[i[~inner]] += values[near][~inner]
     rows, cols = np.concatenate(rows), np.concatenate(cols)
-    out[hidden] = (
-        spsolve(
-            csc_matrix(
-                (np.r_[degree, -np.ones(len(rows))], (np.r_[np.arange(n), rows], np.r_[np.arange(n), cols])), (n, n)
-            ),
-            b,
-        )
-        if n
-        else 0
-    )
+    entries = np.r_[degree, -np.ones(len(rows))]
+    return csc_matrix((entries, (np.r_[np.arange(n), rows], np.r_[np.arange(n), cols])), (n, n)), b
+
+# %% ../../nbs/03_inpainting.ipynb #a20928d7
+def harmonic(
+    values: np.ndarray,  # (h,w) float; read where `hidden` is False
+    hidden: np.ndarray,  # (h,w) bool
+) -> np.ndarray:  # (h,w) float64: hidden pixels are the mean of their neighbours within the image
+    "Smooth interpolation: the solution of Laplace's equation in the holes."
+    if hidden.all():
+        raise InputError('nothing is visible', field='hidden', hint='leave a part of the image')
+    out = values.astype(np.float64)
+    if hidden.any():
+        out[hidden] = spsolve(*_laplace(out, hidden))
     return out
 
 # %% ../../nbs/03_inpainting.ipynb #bf8ac9db
@@ -411,6 +412,16 @@ def seamless(
     wrong = np.stack([harmonic(d - im, m) for d, im, m in zip(drawn.astype(float), x, hidden)])
     return np.where(hidden, (drawn - wrong).clip(0, 1), x).astype(np.float32)
 
+# %% ../../nbs/03_inpainting.ipynb #679dc903
+def _likeness(images, holes, restored) -> dict:  # as `restoration_scores` takes them, of one method; score -> (n,)
+    "hole_l1 in gray levels of [0, 1], psnr in dB, ssim."
+    x, r = (torch.from_numpy(np.ascontiguousarray(a))[:, None].float() for a in (images, restored))
+    x, h = x / 255, holes.cpu()
+    l1 = ((r - x).abs().double() * h).sum((1, 2, 3)) / h.sum((1, 2, 3))
+    psnr = peak_signal_noise_ratio(r, x, data_range=1.0, reduction='none', dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(r, x, data_range=1.0, reduction='none')
+    return dict(hole_l1=l1.numpy(), psnr=psnr.numpy(), ssim=ssim.reshape(-1).numpy())
+
 # %% ../../nbs/03_inpainting.ipynb #475436c0
 def restoration_scores(
     images: np.ndarray,  # (n,px,px) uint8
@@ -419,37 +430,16 @@ def restoration_scores(
     names=None,  # (n,) of the images; None: their numbers
 ) -> pd.DataFrame:  # image, method, hidden (share), hole_l1, psnr, ssim: one row per image and method
     "How close each method comes to what was hidden."
-    x, h = torch.from_numpy(np.ascontiguousarray(images))[:, None].float() / 255, holes.cpu()
-    names, share, parts = (
-        np.arange(len(images)) if names is None else np.asarray(names),
-        h.float().mean((1, 2, 3)).numpy(),
-        [],
-    )
+    names = np.arange(len(images)) if names is None else np.asarray(names)
+    share = holes.cpu().float().mean((1, 2, 3)).numpy()
     if (share == 0).any():
         raise InputError(f'nothing is hidden in image {names[share.argmin()]}', field='holes', hint='draw holes')
+    parts = []
     for method, r in restored.items():
         if r.shape != images.shape:
-            raise InputError(
-                f'{r.shape} for images {images.shape}',
-                field=f'restored[{method!r}]',
-                hint='give one restoration per image',
-            )
-        r = torch.from_numpy(np.ascontiguousarray(r))[:, None].float()
-        l1 = ((r - x).abs().double() * h).sum((1, 2, 3)) / h.sum((1, 2, 3))
-        psnr = peak_signal_noise_ratio(r, x, data_range=1.0, reduction='none', dim=(1, 2, 3))
-        ssim = structural_similarity_index_measure(r, x, data_range=1.0, reduction='none')
-        parts.append(
-            pd.DataFrame(
-                dict(
-                    image=names,
-                    method=method,
-                    hidden=share,
-                    hole_l1=l1.numpy(),
-                    psnr=psnr.numpy(),
-                    ssim=ssim.reshape(-1).numpy(),
-                )
-            )
-        )
+            hint = 'give one restoration per image'
+            raise InputError(f'{r.shape} for images {images.shape}', field=f'restored[{method!r}]', hint=hint)
+        parts.append(pd.DataFrame(dict(image=names, method=method, hidden=share, **_likeness(images, holes, r))))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/03_inpainting.ipynb #ac05b70d
@@ -458,9 +448,7 @@ def restoration_differences(
     units,  # (n,) patient or group of each image, in the order of the images in `scores`
     method: str,  # compared with every other one
     score: str = 'hole_l1',
-    n_boot: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    how: Resampling = DEFAULT,
 ) -> (
     pd.DataFrame
 ):  # other, value, of_other, difference (method minus other), lo, hi, better (share of images), n, n_units
@@ -472,24 +460,13 @@ def restoration_differences(
         raise InputError(f'{len(units)} for {len(table)} images', field='units', hint='give one patient per image')
     code = pd.factorize(np.asarray(units))[0]
     n_units, sign, rows = code.max() + 1, 1 if score == 'hole_l1' else -1, []
-    counts = np.concatenate(list(resampled_units(n_units, n_boot, seed)), 1)[code]  # (n,n_boot)
+    counts = np.concatenate(list(how.weights(n_units)), 1)[code]  # (n,n_boot)
     for other in table.columns.drop(method):
         d = (table[method] - table[other]).to_numpy()
-        lo, hi, _ = percentile_interval((d @ counts) / counts.sum(0), level)
-        rows.append(
-            dict(
-                method=method,
-                other=other,
-                value=table[method].mean(),
-                of_other=table[other].mean(),
-                difference=d.mean(),
-                lo=lo,
-                hi=hi,
-                better=(sign * d < 0).mean(),
-                n=len(d),
-                n_units=n_units,
-            )
-        )
+        lo, hi, _ = how.interval((d @ counts) / counts.sum(0))
+        means = dict(value=table[method].mean(), of_other=table[other].mean(), difference=d.mean(), lo=lo, hi=hi)
+        better = (sign * d < 0).mean()
+        rows.append(dict(method=method, other=other, **means, better=better, n=len(d), n_units=n_units))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/03_inpainting.ipynb #1cf369c9
@@ -504,32 +481,23 @@ def figure_restorations(
     "Radiographs in rows: the original, with holes, restored by two methods, and the absolute error of both."
     (one, a), (two, b) = list(restored.items())[:2]
     hidden, x = holes[:, 0].cpu().numpy(), images / 255
-    columns = {
-        'original': x,
-        'with holes': x,
-        one: a,
-        two: b,
-        f'error, {one}': np.abs(a - x),
-        f'error, {two}': np.abs(b - x),
-    }
-    fig, axs = plt.subplots(
-        len(x), 6, figsize=(width, width / 6 * len(x) * 1.02 + 0.55), squeeze=False, layout='constrained'
-    )
+    columns = {'original': x, 'with holes': x, one: a, two: b}
+    columns |= {f'error, {k}': np.abs(r - x) for k, r in ((one, a), (two, b))}
+    size = (width, width / 6 * len(x) * 1.02 + 0.55)
+    fig, axs = plt.subplots(len(x), 6, figsize=size, squeeze=False, layout='constrained')
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for j, (title, column) in enumerate(columns.items()):
         axs[0, j].set_title(title, fontsize=7, pad=3)
-        for i, ax in enumerate(axs[:, j]):
-            show = ax.imshow(
-                column[i], **(dict(cmap='gray', vmin=0, vmax=1) if j < 4 else dict(cmap='magma', vmin=0, vmax=top))
-            )
+        colours = dict(cmap='gray', vmin=0, vmax=1) if j < 4 else dict(cmap='magma', vmin=0, vmax=top)
+        for ax, picture, hole in zip(axs[:, j], column, hidden):
+            show = ax.imshow(picture, **colours)
+            ax.set(xticks=[], yticks=[])
             if j == 1:
-                ax.imshow(np.where(hidden[i][..., None], [0.9, 0.6, 0, 1.0], 0.0))
+                ax.imshow(np.where(hole[..., None], [0.9, 0.6, 0, 1.0], 0.0))
             if j > 3:
-                ax.set_xlabel(f'{column[i][hidden[i]].mean():.3f}', fontsize=7, labelpad=1)
-            if j == 0 and names is not None:
-                ax.set_ylabel(str(names[i]), fontsize=7, labelpad=2)
-            ax.set_xticks([])
-            ax.set_yticks([])
+                ax.set_xlabel(f'{picture[hole].mean():.3f}', fontsize=7, labelpad=1)
+    for ax, name in zip(axs[:, 0], () if names is None else names):
+        ax.set_ylabel(str(name), fontsize=7, labelpad=2)
     bar = fig.colorbar(show, ax=axs, location='bottom', shrink=0.35, aspect=30, pad=0.02, extend='max')
     bar.set_label('absolute error in gray levels of [0, 1]; below each image its mean in the holes', fontsize=7)
     bar.ax.tick_params(labelsize=7)

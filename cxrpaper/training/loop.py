@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'SCHEDULES', 'start_device', 'rank_and_world', 'together', 'one_first', 'Batches', 'share', 'Seeding',
            'Autocasting', 'EpochRecorder', 'mean_terms', 'mean_by_row', 'built_in', 'save_checkpoint',
-           'load_checkpoint', 'Checkpointing', 'plain', 'Distributing', 'make_learner', 'scheduled', 'evaluating',
-           'embed']
+           'load_checkpoint', 'undamaged', 'Checkpointing', 'plain', 'Distributing', 'make_learner', 'scheduled',
+           'evaluating', 'embed']
 
 # %% ../../nbs/appendix/training/loop.ipynb #28b7f6c7
 import io
@@ -27,6 +27,7 @@ from fastai.distributed import DistributedTrainer
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib
+from fastcore.basics import patch
 from torch import distributed as dist
 
 from ..models.nets import autocast_for, fastest, precision_of
@@ -81,22 +82,11 @@ class Batches:
         seed=None,  # None: in order, nothing left out, every process all; else shuffled by (seed, epoch), an incomplete last batch left out
         taught=None,
     ):  # `SegmentationTargets`, for multi-task learning
-        self.images, self.rows, self.labels, self.size, self.device, self.seed, self.taught, self.epoch = (
-            images,
-            np.asarray(rows, int),
-            np.asarray(labels),
-            size,
-            device,
-            seed,
-            taught,
-            0,
-        )
+        self.images, self.rows, self.labels = images, np.asarray(rows, int), np.asarray(labels)
+        self.size, self.device, self.seed, self.taught, self.epoch = size, device, seed, taught, 0
         if seed is not None and len(self.rows) < size:
-            raise InputError(
-                f'{size} images a batch, but only {len(self.rows)} to train',
-                field='batch_size',
-                hint=f'at most {len(self.rows)}',
-            )
+            problem = f'{size} images a batch, but only {len(self.rows)} to train'
+            raise InputError(problem, field='batch_size', hint=f'at most {len(self.rows)}')
 
     def to(self, device):
         self.device = device
@@ -161,11 +151,8 @@ class Autocasting(Callback):
 class EpochRecorder(Callback):
     "Mean losses of every epoch in `history`; `measure` adds to them, `judge` acts on them. Stops at a loss that is no number."
 
-    order, saved, every = (
-        20,
-        ('history',),
-        30,
-    )  # attributes that a checkpoint keeps; seconds between lines within an epoch
+    order, every = 20, 30  # seconds between lines within an epoch
+    saved = ('history',)  # attributes that a checkpoint keeps
 
     def __init__(self, progress=True):
         self.progress, self.history = progress, []
@@ -185,29 +172,35 @@ class EpochRecorder(Callback):
     def line(self, row):
         return '  '.join(f'{k.replace("_", " ")} {v:.3f}' for k, v in row.items() if k not in ('epoch', 'lr'))
 
-    def after_batch(self):
-        split, n = 'train' if self.training else 'val', len(self.xb[0])
-        for k, v in dict(loss=self.loss.detach(), **getattr(self.loss_func, 'terms', {})).items():
-            self.add(split, k, v.double() * n)
-        self.add(split, 'n', n)
-        if self.progress and self.training and time.time() - self.said > self.every:
-            self.say(f'batch {self.iter + 1}/{self.n_iter}')
+# %% ../../nbs/appendix/training/loop.ipynb #5781e2de
+@patch
+def after_batch(self: EpochRecorder):
+    split, n = 'train' if self.training else 'val', len(self.xb[0])
+    for k, v in dict(loss=self.loss.detach(), **getattr(self.loss_func, 'terms', {})).items():
+        self.add(split, k, v.double() * n)
+    self.add(split, 'n', n)
+    if self.progress and self.training and time.time() - self.said > self.every:
+        self.say(f'batch {self.iter + 1}/{self.n_iter}')
 
-    def after_validate(self):
-        row = dict(epoch=self.epoch, **mean_terms(self.sums), **self.measure(), lr=float(self.opt.hypers[-1]['lr']))
-        if not np.isfinite(row['train_loss']):
-            raise InputError(f'the loss is {row["train_loss"]} in epoch {self.epoch}', field='lr', hint='lower lr')
-        self.history.append(row)
-        self.judge(row)
-        if self.progress:
-            self.say(self.line(row), 1)
 
-    def say(self, text, done=None):  # done: share of the epoch
-        done = (self.iter + 1) / self.n_iter if done is None else done
-        left = (time.time() - self.t0) * ((self.n_epoch - self.epoch) / done - 1)
-        self.said = time.time()
-        if rank_and_world()[0] == 0:
-            print(f'epoch {self.epoch + 1}/{self.n_epoch}  {text}  about {left:.0f} s left', flush=True)
+@patch
+def after_validate(self: EpochRecorder):
+    row = dict(epoch=self.epoch, **mean_terms(self.sums), **self.measure(), lr=float(self.opt.hypers[-1]['lr']))
+    if not np.isfinite(row['train_loss']):
+        raise InputError(f'the loss is {row["train_loss"]} in epoch {self.epoch}', field='lr', hint='lower lr')
+    self.history.append(row)
+    self.judge(row)
+    if self.progress:
+        self.say(self.line(row), 1)
+
+
+@patch
+def say(self: EpochRecorder, text, done=None):  # done: share of the epoch
+    done = (self.iter + 1) / self.n_iter if done is None else done
+    left = (time.time() - self.t0) * ((self.n_epoch - self.epoch) / done - 1)
+    self.said = time.time()
+    if rank_and_world()[0] == 0:
+        print(f'epoch {self.epoch + 1}/{self.n_epoch}  {text}  about {left:.0f} s left', flush=True)
 
 # %% ../../nbs/appendix/training/loop.ipynb #ef9f04d5
 def mean_terms(
@@ -262,6 +255,17 @@ def load_checkpoint(file: Path) -> dict:  # on the CPU
         raise InputError('its bytes are not those that were written', file=show_path(file), hint='remove it')
     return torch.load(io.BytesIO(content[32:]), map_location='cpu', weights_only=True)
 
+# %% ../../nbs/appendix/training/loop.ipynb #e843528a
+def undamaged(file: Path):  # -> state, or None where there is none that can be used
+    "The state in the file; a damaged one is set aside, and said."
+    if not file.exists():
+        return None
+    try:
+        return load_checkpoint(file)
+    except InputError:
+        aside = file.replace(file.with_suffix('.damaged'))
+        print(f'the checkpoint is damaged; it is now {show_path(aside)}, and the training begins anew', flush=True)
+
 # %% ../../nbs/appendix/training/loop.ipynb #62f815c4
 class Checkpointing(Callback):
     "Save everything the next epoch depends on; on a start, go on where the file ends. A damaged file is set aside, and the training begins anew."
@@ -271,20 +275,8 @@ class Checkpointing(Callback):
     def __init__(self, file: Path, watching: EpochRecorder):
         self.file, self.watching, self.start = Path(file), watching, 0
 
-    def read(self):
-        "The state in the file, None where there is none that can be used."
-        if not self.file.exists():
-            return None
-        try:
-            return load_checkpoint(self.file)
-        except InputError:
-            aside = self.file.with_suffix('.damaged')
-            self.file.replace(aside)
-            print(f'the checkpoint is damaged; it is now {show_path(aside)}, and the training begins anew', flush=True)
-            return None
-
     def before_fit(self):
-        if (state := self.read()) is None:
+        if (state := undamaged(self.file)) is None:
             return
         plain(self.model).load_state_dict(state['model'])
         self.loss_func.load_state_dict(state['loss'])
@@ -300,12 +292,8 @@ class Checkpointing(Callback):
     def after_validate(self):
         if rank_and_world()[0]:
             return
-        state = dict(
-            epoch=self.epoch,
-            model=plain(self.model).state_dict(),
-            loss=self.loss_func.state_dict(),
-            opt=self.opt.state_dict(),
-        )
+        parts = dict(model=plain(self.model), loss=self.loss_func, opt=self.opt)
+        state = dict(epoch=self.epoch) | {k: v.state_dict() for k, v in parts.items()}
         save_checkpoint(self.file, state | {k: getattr(self.watching, k) for k in self.watching.saved})
 
 # %% ../../nbs/appendix/training/loop.ipynb #de4f4338

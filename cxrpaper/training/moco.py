@@ -81,10 +81,7 @@ class MoCo(nn.Module):
         super().__init__()
         d = encoder.channels[-1]
         self.encoder, self.head = encoder, nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
-        self.key_encoder, self.key_head = (
-            deepcopy(encoder).requires_grad_(False),
-            deepcopy(self.head).requires_grad_(False),
-        )
+        self.key_encoder, self.key_head = (deepcopy(m).requires_grad_(False) for m in (self.encoder, self.head))
         self.K, self.m, self.T, self.groups, self.seed = K, m, T, groups, seed
         self.register_buffer('queue', F.normalize(torch.randn(dim, K, generator=torch_generator(seed, 'queue')), dim=0))
         self.register_buffer('pointer', torch.zeros((), dtype=torch.int64))
@@ -107,14 +104,17 @@ class MoCo(nn.Module):
             self.enqueue(gather(k))
         return logits
 
-    def features(self, encoder, head, x):  # (B, dim) on the unit sphere, float32 also under autocast
-        z = in_groups(lambda part: head(encoder(part)[-1].mean((2, 3))), x, max(1, self.groups // rank_and_world()[1]))
-        return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
-
 # %% ../../nbs/03_moco.ipynb #71965fd2
 from fastcore.basics import patch
 
 
+@patch
+def features(self: MoCo, encoder, head, x: Tensor) -> Tensor:  # (B, dim), float32 also under autocast
+    "What contrast compares: the pooled last map through the head, normalised."
+    z = in_groups(lambda part: head(encoder(part)[-1].mean((2, 3))), x, max(1, self.groups // rank_and_world()[1]))
+    return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
+
+# %% ../../nbs/03_moco.ipynb #526e5683
 @patch
 @torch.no_grad()
 def update_key_encoder(self: MoCo):
