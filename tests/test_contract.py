@@ -291,3 +291,14 @@ def test_everything_exported_is_shown_or_tested():
     hidden = {ids(p): never_shown(own, others, known) for p, (own, others) in pages.items()}
     assert not {k: v for k, v in hidden.items() if v}
     assert never_shown(['def f():\n    g()', 'def g():\n    0', 'def h():\n    0'], ['f()']) == ['h']
+
+
+def broken_links(page, text):
+    links = (m.split('#')[0] for m in re.findall(r'\]\(([^)\s]+)\)', text))
+    return [m for m in links if m and not m.startswith(('http', 'mailto:')) and not (page.parent / m).exists()]
+
+
+def test_links_between_pages_lead_somewhere():
+    texts = {p: '\n'.join(source(c) for c in cells(json.loads(p.read_text()), 'markdown')) for p in NOTEBOOKS}
+    assert not {ids(p): b for p, t in texts.items() if (b := broken_links(p, t))}
+    assert broken_links(NBS / 'index.ipynb', '[a](01_data.ipynb#x) [b](nowhere.ipynb)') == ['nowhere.ipynb']

@@ -8,7 +8,7 @@ from cxrpaper.evaluation.metrics import Resampling, resampled_units
 from cxrpaper.models.multitask import MultiTask, multitask_encoder
 from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.questions.saliency import (
-    METHODS,
+    CAMS,
     at_resolution,
     draw_saliency,
     exchanges,
@@ -108,7 +108,7 @@ def test_grad_cam_leaves_the_model_alone():
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters()) and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', CAMS)
 def test_grad_cam_does_not_depend_on_the_batches(method):
     images, labels = stack()
     model = network('unet')

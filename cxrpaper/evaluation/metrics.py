@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases',
-           'read_cases', 'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict', 'verdict',
+           'read_cases', 'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
            'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate',
            'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
            'pr_points', 'curve_band']
@@ -492,20 +492,6 @@ class Verdict(StrEnum):
     EQUIVALENT = 'equivalent'
     INCONCLUSIVE = 'inconclusive'
     UNDEFINED = 'undefined'
-
-
-def verdict(
-    lo: float,  # interval of a difference; NaN: there is none
-    hi: float,
-    than: float = 0.0,  # the null value
-    margin: float = None,  # a difference from `than` that does not matter; None: none was stated
-) -> Verdict:
-    "What an interval says: equivalent within the margin, else better, worse or inconclusive against `than`."
-    if np.isnan(lo) or np.isnan(hi):
-        return Verdict.UNDEFINED
-    if margin is not None and than - margin < lo and hi < than + margin:
-        return Verdict.EQUIVALENT
-    return Verdict.BETTER if lo > than else Verdict.WORSE if hi < than else Verdict.INCONCLUSIVE
 
 # %% ../../nbs/05_metrics.ipynb #a8bd8776
 def run_variance(

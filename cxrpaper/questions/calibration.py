@@ -456,7 +456,7 @@ def draw_reliability(
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #c0a928fe
 def calibration_part(s: Subject) -> dict:
-    "Calibration as the model comes, with a temperature and with vector scaling."
+    "Calibration as the model comes, with a temperature and with vector scaling. Writes `calibration` (`calibration_errors`), `brier` (`murphy`), `scaling` (`scale_folds`), `scaling_difference` (`calibration_difference`), each with the column scaling."
     scaled = {'temperature': scale_folds(s.both), 'vector': scale_folds(s.both, fit_vector)}
     frames = {'as it comes': s.frame} | {k: f for k, (f, _) in scaled.items()}
     each = lambda f: pd.concat([f(df).assign(scaling=k) for k, df in frames.items()], ignore_index=True)
@@ -473,6 +473,7 @@ def calibration_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #3a9c1fee
 def calibration_rule(p):
+    "Passed if with a temperature the upper limit of the debiased calibration error of the predicted class is at most .05 (TRIPOD+AI 12e). Reads `calibration`: scaling, of, rms, lo, hi."
     d = p['calibration']
     r = d[(d.scaling == 'temperature') & (d.of == 'top')].iloc[0]
     return (

@@ -565,7 +565,7 @@ def class_shares(
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #326ebee2
 def decisions_part(s: Subject) -> dict:
-    "Operating points, decision curves, selective prediction and referral, predictive values, class shares."
+    "Operating points, decision curves, selective prediction and referral, predictive values, class shares. Writes `operating`, `decision_curve`, `risk_coverage`, `selective`, `referral`, `predictive_values`, `shares`, with the columns of the functions that make them."
     scaled = scale_folds(s.both)[0]
     p = load_run(next(iter(s.runs())))['params']
     shares = np.bincount(s.both.label, minlength=4) ** (1 - p['class_weight_power'])
@@ -582,6 +582,7 @@ def decisions_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #3a9c1fee
 def sensitivity_rule(p):
+    "Passed if the sensitivity for any opacity, at the validation fold's threshold for specificity .90, has a lower limit of at least .80 (CLAIM 36). Reads `operating`: target, form, metric, value, lo, hi."
     d = p['operating']
     d = d[(d.target == 'any') & (d.form == 'validation')].set_index('metric')
     return f'sensitivity {cell(d.loc["sensitivity"])} at specificity {cell(d.loc["specificity"])}', above(
@@ -590,6 +591,7 @@ def sensitivity_rule(p):
 
 
 def benefit_rule(p, at=(0.25, 0.5, 0.75)):
+    "Passed if the net benefit over the better of treating all and none has an interval above 0 at threshold probabilities .25, .50 and .75 (Vickers 2006). Reads `decision_curve`: target, t, gain, gain_lo, gain_hi."
     d = p['decision_curve']
     d = d[d.target == 'any']
     r = [d.loc[(d.t - t).abs().idxmin()] for t in at]
@@ -599,6 +601,7 @@ def benefit_rule(p, at=(0.25, 0.5, 0.75)):
 
 
 def referral_rule(p):
+    "Passed if at most half is referred (upper limit) and what is kept is right in .80 (Geifman 2017). Reads `referral`: form, metric, value, lo, hi."
     d = p['referral']
     d = d[d.form == 'validation'].set_index('metric')
     r, a = d.loc['referred'], d.loc['accuracy']

@@ -558,7 +558,7 @@ def draw_gallery(
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #2be7c871
 def difficulty_part(s: Subject) -> dict:
-    "Confusions, separability, label noise and the hardest images."
+    "Confusions, separability, label noise and the hardest images. Writes `confusions`, `readers`, `separability`, `label_noise`, `noise_matrix`, `noise_bound`, `doubtful`, `hardest`, `ceilings`, with the columns of the functions that make them."
     return dict(
         confusions=confusion_shares(s.frame, how=s.how),
         readers=against_readers(s.frame, how=s.how),
@@ -573,13 +573,14 @@ def difficulty_part(s: Subject) -> dict:
 
 
 def cartography_part(s: Subject) -> dict:
-    "How the label of each training image was believed, epoch by epoch."
+    "How the label of each training image was believed, epoch by epoch. Reads dynamics.csv of each run; writes `cartography`: image, label, confidence, variability, correct_lo, correct_hi, n_runs, region."
     return dict(
         cartography=cartography([pd.read_csv(resolve(r) / 'dynamics.csv', dtype=dict(image=str)) for r in s.runs()])
     )
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #6482a19e
 def classes_rule(p):
+    "Passed if the AUC of every class, and that within typical, indeterminate and atypical, has a lower limit above .5 (this study). Reads `performance`: metric, value, lo, hi; `separability`: task, value, lo, hi."
     d = p['performance'].set_index('metric').loc[list(BY_CLASS)]
     three = p['separability'].set_index('task').loc['among the three']
     w = d.loc[d.lo.idxmin()] if d.lo.notna().any() else d.iloc[0]
@@ -589,6 +590,7 @@ def classes_rule(p):
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #3a9c1fee
 def labels_rule(p):
+    "Passed if there is no label noise beyond what the model's own uncertainty explains (this study). Reads `label_noise`: flagged, expected, lo, hi, verdict."
     r = p['label_noise'].iloc[0]
     return (
         f'{r.flagged:.0%} of the labels in doubt, {r.expected:.0%} ({r.lo:.0%} to {r.hi:.0%}) expected of this model: {r.verdict}',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'performance_part', 'power_part', 'assess', 'read_parts', 'reader_bound', 'is_evaluated',
-           'readiness_path', 'all_parts', 'scorecard', 'overall']
+           'readiness_path', 'all_parts', 'rule_text', 'scorecard', 'overall']
 
 # %% ../../nbs/08_readiness.ipynb #42af9fc3
 import time
@@ -35,12 +35,12 @@ from ..study import evaluated_rows, pretrain_title
 
 # %% ../../nbs/08_readiness.ipynb #48b8a72e
 def performance_part(s: Subject) -> dict:
-    "Every metric of the first seed."
+    "Every metric of the first seed. Writes `performance` (`evaluate`)."
     return dict(performance=evaluate(s.frame, s.how))
 
 
 def power_part(s: Subject) -> dict:
-    "The smallest difference between the evaluated rows that this test set would have shown four times in five."
+    "The smallest difference between the evaluated rows that this test set would have shown four times in five. Writes `power`: row, se, smallest, difference, power, alpha."
     first, *others = evaluated_rows(s.study)
     rows = [
         dict(
@@ -143,6 +143,13 @@ def all_parts(
     "Everything that is measured, each part once: what the questions ask, and what tables and figures show beside them."
     asked = {q.part: q.ask for q in questions if q.ask}
     return dict(performance=performance_part, **asked, power=power_part, cartography=cartography_part)
+
+# %% ../../nbs/08_readiness.ipynb #d2a4ce44
+def rule_text(q: Question) -> str:
+    "What passes, as the docstring of the rule says it."
+    if q.rule is None:
+        return 'there is a prospective trial; nothing here is one (Roberts 2021)'
+    return q.rule.__doc__.removeprefix('Passed if ').partition('. Reads ')[0]
 
 # %% ../../nbs/08_readiness.ipynb #7f641537
 def scorecard(

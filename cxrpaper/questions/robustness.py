@@ -421,13 +421,13 @@ def draw_robustness(
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #68835d76
 def robustness_part(s: Subject) -> dict:
-    "What image corruptions cost, and up to which level a loss is excluded."
+    "What image corruptions cost, and up to which level a loss is excluded. Writes `robustness` (`robustness_curve`) and `tolerance`: corruption, tolerated, broken, excluded, verdict."
     curves = robustness_curve(s.models(), s.store, s.cohort.images, device=s.device, how=s.how)
     return dict(robustness=curves, tolerance=pd.DataFrame([tolerance(curves, k) for k in curves.corruption.unique()]))
 
 
 def external_part(s: Subject) -> dict:
-    "Macro AUC on a cohort from elsewhere, and what is lost."
+    "Macro AUC on a cohort from elsewhere, and what is lost. Writes `external`: name, value, lo, hi, p, n, n_patients, classes, sentence; `external_shares`: class and the shares inside and outside."
     where = s.study['readiness']['external']
     if where is None:
         raise InputError(
@@ -441,6 +441,7 @@ def external_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #3a9c1fee
 def robustness_rule(p):
+    "Passed if at the mildest level of every corruption a loss of macro AUC beyond the margin is excluded (CLAIM 30). Reads `tolerance`: corruption, broken, excluded; `robustness`: corruption, level."
     d, r = p['tolerance'], p['robustness']
     mildest = r[r.level > 0].groupby('corruption')['level'].min()
     first = d.corruption.map(mildest)
@@ -452,6 +453,7 @@ def robustness_rule(p):
 
 
 def external_rule(p):
+    "Passed if the external minus the internal macro AUC has a lower limit above -.05 (CLAIM 32). Reads `external`: name, value, lo, hi, sentence."
     r = p['external'].set_index('name').loc['drop']
     return p['external'].sentence.iloc[0], above(-r.value, -r.hi, -r.lo, -0.05)
 

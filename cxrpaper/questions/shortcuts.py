@@ -552,7 +552,7 @@ def draw_shortcuts(
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #48b8a72e
 def baselines_part(s: Subject) -> dict:
-    "Macro AUC minus that of each metadata baseline, paired over patients; Holm over the metadata baselines."
+    "Macro AUC minus that of each metadata baseline, paired over patients; Holm over the metadata baselines. Writes `baselines` (`bootstrap_difference`, with baseline and p_holm)."
     d = [
         bootstrap_difference(s.frame, baseline_frame(s.study, k), s.how, metrics=['auc_macro']).assign(baseline=k)
         for k in BASELINES
@@ -562,13 +562,13 @@ def baselines_part(s: Subject) -> dict:
 
 
 def leaks_part(s: Subject) -> dict:
-    "Patients, groups, studies and copies (by perceptual hash) in more than one fold."
+    "Patients, groups, studies and copies (by perceptual hash) in more than one fold. Writes `leaks`: level, n, leaked."
     folds = assign_folds(s.cohort.images, n_folds=s.study['n_folds'])
     return dict(leaks=audit_leaks(s.cohort.images, folds, perceptual_hashes(s.store.images)))
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #19c1136a
 def shortcuts_part(s: Subject) -> dict:
-    "Splits, metadata baselines, occlusions, markers and probes as one table (Table 8), and what the splits share."
+    "Splits, metadata baselines, occlusions, markers and probes as one table (Table 8), and what the splits share. Writes `shortcuts`: part, test, value, lo, hi, than, p, n, verdict; `overlap`: split, images, patients."
     images, lungs, tested = s.cohort.images, lung_fields(s.store.images), s.models()
     tables = [baseline_rows({k: baseline_frame(s.study, k) for k in BASELINES}, how=s.how)]
     if leaky := leaking_rows(s.study):
@@ -587,6 +587,7 @@ def shortcuts_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #6482a19e
 def baselines_rule(p):
+    "Passed if the macro AUC minus that of each metadata baseline has an interval above 0 and a Holm-corrected p below .05 (DeGrave 2021, Zech 2018). Reads `baselines`: baseline, difference, lo, hi, p_holm."
     d = p['baselines']
     w = d.loc[d.difference.idxmin()]
     answer = (
@@ -596,6 +597,7 @@ def baselines_rule(p):
 
 
 def leaks_rule(p):
+    "Passed if no patient, group, study or copy is in two folds (Roberts 2021). Reads `leaks`: level, n, leaked."
     d = p['leaks']
     return ', '.join(
         f'{r.leaked} of {r.n} ({r.level})' for r in d.itertuples()
@@ -603,6 +605,7 @@ def leaks_rule(p):
 
 
 def shortcuts_rule(p):
+    "Passed if no test of Table 8 finds a shortcut, and none is inconclusive (DeGrave 2021). Reads `shortcuts`: part, test, value, verdict."
     d = p['shortcuts']
     d = d[d.part.isin(('occlusion', 'marker', 'probe')) & (d.verdict != '')]
     found, open_ = d[d.verdict == 'found'], d[d.verdict.str.startswith('inconclusive')]

@@ -467,11 +467,12 @@ def draw_forest(
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #97543a91
 def subgroups_part(s: Subject) -> dict:
-    "Metrics of every subgroup, and its gaps with correction."
+    "Metrics of every subgroup, and its gaps with correction. Writes `subgroups` (`subgroup_metrics`) and `gaps` (`subgroup_gaps`)."
     return dict(subgroups=subgroup_metrics(s.folds, how=s.how), gaps=subgroup_gaps(s.folds, how=s.how))
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #3a9c1fee
 def subgroups_rule(p, large=0.1):  # large: a gap of macro AUC that must have been found
+    "Passed if no gap between subgroups is left after Holm, and a gap of .1 would have been found everywhere (TRIPOD+AI 14). Reads `gaps`: metric, p, p_holm, detectable."
     d = p['gaps']
     d = d[d.metric == 'auc_macro']
     if (d.p_holm < 0.05).any():
