@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from cxrpaper.evaluation.baselines import BASELINES, baseline_features, baseline_model, baseline_predictions
+from cxrpaper.evaluation.baselines import BASELINES, baseline_features, baseline_predictions, candidates
 from cxrpaper.evaluation.metrics import COLUMNS, Resampling, bootstrap, point_metrics, probabilities
 from cxrpaper.runs import InputError, project_root
 from cxrpaper.schema import CLASSES, LOGITS
@@ -92,7 +92,7 @@ def test_size_baseline_of_siim(siim):
     m = macro(baseline_predictions(siim, folds_of(siim), 'size'))
     print({k: round(m[k], 3) for k in ('auc_macro', *(f'auc_{c}' for c in CLASSES))})
     assert abs(m['auc_macro'] - 0.612) < 0.01
-    assert abs(m['auc_negative'] - 0.685) < 0.015
+    assert 0.67 < m['auc_negative'] < 0.72  # .685 by boosted trees alone
 
 
 def test_prior_baseline_of_siim(siim):
@@ -176,7 +176,7 @@ def test_out_of_fold_no_patient_is_remembered():
     im = images()
     im['height'] = im.groupby('group').ngroup() + 1000
     assert macro(baseline_predictions(im, folds_of(im), 'size'))['auc_macro'] < 0.56
-    model = baseline_model('size').set_params(
+    model = candidates('size')['boosting'].set_params(
         histgradientboostingclassifier__min_samples_leaf=1,
         histgradientboostingclassifier__learning_rate=0.5,
         histgradientboostingclassifier__max_iter=20,

@@ -50,6 +50,8 @@ def read_cells(files: dict) -> pd.DataFrame:  # KEYS, value, runs (seeds or draw
     out = []
     for name, text in files.items():
         t = pd.read_csv(io.StringIO(text))
+        if {'part', 'test', 'value'} <= set(t):  # Table 8
+            t = t.assign(row=t.part + ': ' + t.test, metric='value')
         if {'row', 'metric', 'value'} <= set(t):
             t = t.reindex(columns=[*KEYS[1:], 'value', 'seeds', 'n_runs']).assign(table=Path(name).stem)
             seeds = t.seeds.map(lambda s: len(read_seeds(s)) if isinstance(s, str) else np.nan)
