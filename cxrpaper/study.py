@@ -110,28 +110,17 @@ def check_tables(study, file):
 # %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 def check_readiness(r, file):
     "InputError for an evaluation that could not be made."
-    if sorted(r) != ['external', 'rows', 'splits']:
-        raise InputError(
-            f'the keys are {", ".join(r)}', file=file, field='readiness', hint='give rows, splits and external, or null'
-        )
+    bad = lambda problem, hint, field='readiness': InputError(problem, file=file, field=field, hint=hint)
+    keys = lambda d: f'the keys are {", ".join(d)}'
+    if set(r) - {'reread'} != {'external', 'rows', 'splits'}:
+        raise bad(keys(r), 'give rows, splits and external (and reread, where labels were read again), or null')
     if not r['rows']:
-        raise InputError(
-            'no rows', file=file, field='readiness', hint='name at least the model that is to be evaluated'
-        )
-    if bad := set(r['splits']) - {'study', 'image'}:
-        raise InputError(
-            f'{sorted(bad)[0]!r} is not a split that leaks',
-            file=file,
-            field='readiness',
-            hint='splits are a list of study and image, or []',
-        )
+        raise bad('no rows', 'name at least the model that is to be evaluated')
+    if odd := set(r['splits']) - {'study', 'image'}:
+        raise bad(f'{sorted(odd)[0]!r} is not a split that leaks', 'splits are a list of study and image, or []')
     if r['external'] and sorted(r['external']) != ['adapter', 'data_root', 'phantom']:
-        raise InputError(
-            f'the keys are {", ".join(r["external"])}',
-            file=file,
-            field='readiness: external',
-            hint='give phantom, data_root and adapter, or null',
-        )
+        hint = 'give phantom, data_root and adapter, or null'
+        raise bad(keys(r['external']), hint, 'readiness: external')
 
 # %% ../nbs/appendix/machine/study.ipynb #ab671777
 def evaluated_rows(study) -> list:  # rows of the critical evaluation; the first one is looked at in depth

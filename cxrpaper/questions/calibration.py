@@ -372,8 +372,9 @@ def scale_folds(
     df: pd.DataFrame,  # validation and test rows of one fold or of several
     fit=fit_temperature,  # or fit_vector
     leaky: bool = False,
-) -> tuple:  # test rows with scaled logits; one row per fold: fold, temperature, se, n, before, after, at_bound
-    "Fit on the validation rows of each fold, apply to the test rows of that fold."
+    splits=('test',),  # whose rows come back
+) -> tuple:  # these rows with scaled logits; one row per fold: fold, temperature, se, n, before, after, at_bound
+    "Fit on the validation rows of each fold, apply to the test rows of that fold, or to others as well."
     out, rows = [], []
     for fold, d in check_predictions(df, leaky=leaky).groupby('fold'):
         val, test = (d[d.split == s] for s in ('val', 'test'))
@@ -384,14 +385,14 @@ def scale_folds(
             file, hint = df.attrs.get('run', 'predictions'), 'give the frame with val and test rows of every fold'
             raise InputError(f'fold {fold} has no validation rows', file=file, field='split', hint=hint)
         s = fit(val, leaky=leaky)
-        out.append(s(test))
+        out.append(s(d[d.split.isin(splits)]))
         fitted = {k: getattr(s, k) for k in ('temperature', 'se', 'n', 'before', 'after', 'at_bound')}
         rows.append(dict(fold=fold) | fitted)
     if not out:
         raise InputError('no test rows', field='split', hint='give the frame with val and test rows of every fold')
-    scaled = (
-        pd.concat(out).loc[df.index[df.split == 'test']] if df.index.is_unique else pd.concat(out, ignore_index=True)
-    )
+    scaled = pd.concat(out, ignore_index=not df.index.is_unique)
+    if df.index.is_unique:
+        scaled = scaled.loc[df.index[df.split.isin(splits)]]
     scaled.attrs = dict(df.attrs)
     return scaled, pd.DataFrame(rows)
 
