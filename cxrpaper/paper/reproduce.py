@@ -120,9 +120,9 @@ def _verdicts(files, metric) -> dict:  # question -> answer
         if {'question', 'answer'} <= set(t):
             said |= dict(zip(t.question, t.answer))
         elif {'row', 'than', 'metric', 'p_adjusted'} <= set(t):
-            t = t[(t.metric == f'difference_{metric}') & t.p_adjusted.notna()].reindex(columns=[*t, 'labels'])
+            t = t[(t.metric == f'difference_{metric}') & t.p_adjusted.notna()]
             word = np.where(t.p_adjusted >= 0.05, 'inconclusive', np.where(t.value > 0, 'better', 'worse'))
-            where = t.labels.map(lambda v: f' with {v:.0%} of the labels' if v == v else '')
+            where = t.labels.map(' with {:.0%} of the labels'.format) if 'labels' in t else ''
             said |= dict(zip(Path(name).stem + ': ' + t.row + ' against ' + t.than + where, word))
     return said
 
