@@ -93,11 +93,13 @@ def test_the_rule_at_its_limits():
         n=9,
     )
     say = lambda *rows: tolerance(pd.DataFrame([row(0, 0.0, 0.0, 0.0), *rows]), 'blur')
-    r = say(row(1, -0.01, -0.015, -0.001), row(2, -0.05, -0.08, -0.01), row(3, -0.01, -0.05, 0.01))
-    assert (r['tolerated'], r['broken'], r['excluded']) == (1, 2, 1)
-    r = say(row(1, -0.05, -0.2, 0.01))
-    assert r['tolerated'] == 1 and np.isnan(r['broken']) and r['excluded'] == 0
-    assert 'tolerates no level' in say(row(1, -0.1, -0.2, -0.01))['verdict']
+    r = say(row(1, -0.01, -0.015, -0.001), row(2, -0.05, -0.08, -0.03), row(3, -0.01, -0.05, 0.01))
+    assert (r['excluded'], r['broken']) == (1, 2)
+    r = say(row(1, -0.05, -0.2, 0.01))  # neither shown nor excluded
+    assert r['excluded'] == 0 and np.isnan(r['broken']) and 'excluded at no level' in r['verdict']
+    r = say(row(1, -0.031, -0.04, -0.015))  # a true loss beyond the margin, not shown: nothing is tolerated
+    assert r['excluded'] == 0 and np.isnan(r['broken'])
+    assert 'excluded at every level' in say(row(1, -0.001, -0.01, 0.01))['verdict']
 
 
 def test_texture_is_lost_with_resolution_and_brightness_is_not():

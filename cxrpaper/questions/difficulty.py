@@ -263,7 +263,7 @@ def calibrated(
 ) -> pd.DataFrame:  # these rows; as they are where there are no `val` rows
     "Probabilities scaled on each validation fold, then mixed with 1/(n + 2) of its class shares: n images cannot vouch for more."
     if not (df.split == 'val').any():
-        return df[df.split.isin(splits)]
+        return df
     val = df[df.split == 'val']
     shares = val.groupby('fold').label.apply(lambda y: np.bincount(y, minlength=len(CLASSES)))
     fit = fit_vector if min(map(min, shares)) >= 10 else fit_temperature
@@ -343,21 +343,9 @@ def label_noise(
     share, expected, says = seen / len(y), null.mean() / len(y), verdict(1, above, least)
     if says == 'not found' and not trusted:
         says = SAME_KIND
-    return pd.Series(
-        dict(
-            flagged=share,
-            expected=expected,
-            lo=lo,
-            hi=hi,
-            excess=share - expected,
-            estimate=1 - np.trace(estimate_joint(y, p)),
-            p=above,
-            n=len(y),
-            n_units=of.max() + 1,
-            n_least=least,
-            verdict=says,
-        )
-    )
+    shares = dict(flagged=share, expected=expected, lo=lo, hi=hi, excess=share - expected)
+    about = dict(estimate=1 - np.trace(estimate_joint(y, p)), p=above, n=len(y), n_units=of.max() + 1, n_least=least)
+    return pd.Series(shares | about | dict(verdict=says))
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #530ac6e7
 def noise_matrix(

@@ -124,7 +124,7 @@ QUESTIONS = [  # in the order of Table 7; a new one is a module of questions/ an
     Question('folds free of leaks?', 'leaks', leaks_part, leaks_rule, 'table8'),
     Question('each class told apart?', 'difficulty', difficulty_part, classes_rule, 'table5'),
     Question('no shortcut?', 'shortcuts', shortcuts_part, shortcuts_rule, 'table8'),
-    Question('looks at the opacities?', 'saliency', saliency_part, saliency_rule, 'figure16'),
+    Question('heat map on the opacities?', 'saliency', saliency_part, saliency_rule, 'figure16'),
     Question('probabilities true?', 'calibration', calibration_part, calibration_rule, 'figure7'),
     Question('sensitive enough?', 'decisions', decisions_part, sensitivity_rule, 'figure12'),
     Question('better than treating all or none?', 'decisions', decisions_part, benefit_rule, 'figure12'),
@@ -173,4 +173,8 @@ def overall(card: pd.DataFrame) -> str:  # from `scorecard`
     "The sentence under the scorecard."
     n = card.answer.value_counts()
     counted = ', '.join(f'{n[a]} {a}' for a in ANSWERS if a in n)
-    return f"{'fit to be deployed' if (card.answer == 'passed').all() else 'not fit to be deployed'} ({counted})"
+    if (card.answer == 'passed').all():
+        said = 'fit to be deployed'
+    else:
+        said = 'not fit to be deployed' if (card.answer == 'not passed').any() else 'not shown to be fit to be deployed'
+    return f'{said} ({counted})'

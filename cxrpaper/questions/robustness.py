@@ -196,7 +196,8 @@ def robustness_curve(
     how: Resampling = Resampling(1000),
     device='cpu',
 ) -> pd.DataFrame:  # corruption, level, unit, and the columns of `cost`
-    "Every change at every level."
+    "Every change at every level; the intervals hold for all changes together."
+    how = replace(how, level=1 - (1 - how.level) / len(corruptions))
     clean, out = predict_changed(tested, store, images, device=device), []
     for k in corruptions:
         for level in CORRUPTIONS[k].levels:
@@ -219,26 +220,24 @@ def tolerance(
     name: str,
     metric: str = 'auc_macro',
     margin: float = MARGIN,
-) -> dict:  # corruption, tolerated (level), broken (level or NaN), excluded (level), verdict
-    "The mildest level that breaks a model, and the level up to which a loss is excluded."
+) -> dict:  # corruption, excluded (level), broken (level or NaN), verdict
+    "Up to which level a loss beyond the margin is excluded, and the mildest level at which it is shown."
     t = curves[(curves.corruption == name) & (curves.metric == metric)].sort_values('level')
     if not len(t):
         raise InputError(f'no rows of {name}, {metric}', field='curves', hint='name them in robustness_curve')
     if t.difference_lo.isna().any():
-        return dict(corruption=name, tolerated=np.nan, broken=np.nan, excluded=np.nan, verdict=f'{name}: {TOO_FEW}')
-    breaks, safe = (t.difference < -margin) & (t.difference_hi < 0), (t.difference_lo > -margin).cummin()
-    excluded = t.level[safe].max()
-    broken = t.level[breaks].min()
-    tolerated = t.level[t.level < broken].max() if breaks.any() else t.level.max()
-    unit, last = t.unit.iloc[0], f'a loss of more than {margin:g} is excluded up to {excluded:g}, n = {t.n.iloc[0]}'
-    say = 'tolerates every level'
-    if breaks.any():
-        say = f'tolerates up to {tolerated:g} ({unit})' if tolerated > 0 else 'tolerates no level'
+        return dict(corruption=name, excluded=np.nan, broken=np.nan, verdict=f'{name}: {TOO_FEW}')
+    excluded = t.level[(t.difference_lo > -margin).cummin()].max()
+    broken = t.level[t.difference_hi < -margin].min()
+    unit, worst = t.unit.iloc[0], t.level.max()
+    say = f'a loss of more than {margin:g} is excluded ' + (
+        'at every level' if excluded == worst else f'up to {excluded:g} ({unit})' if excluded > 0 else 'at no level'
+    )
+    if broken == broken:
         r = t[t.level == broken].iloc[0]
         span = f'{r.difference:+.3f} ({r.difference_lo:+.3f} to {r.difference_hi:+.3f})'
-        say += f'; at {broken:g} {span}, {r.changed:.0%} of decisions changed'
-    levels = dict(corruption=name, tolerated=tolerated, broken=broken, excluded=excluded)
-    return levels | dict(verdict=f'{name}: {say}; {last}')
+        say += f', shown at {broken:g}: {span}, {r.changed:.0%} of decisions changed'
+    return dict(corruption=name, excluded=excluded, broken=broken, verdict=f'{name}: {say}; n = {t.n.iloc[0]}')
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #34d753db
 def planted_images(n: int = 240, seed: int = 0):  # n patients, one image each
@@ -407,7 +406,7 @@ def draw_robustness(
     for ax, k in zip(axs, names):
         d, place = t[t.corruption == k].sort_values('level'), ax.get_subplotspec()
         at = np.arange(len(d))
-        broken = (d.difference < -margin) & (d.difference_hi < 0)
+        broken = d.difference_hi < -margin
         ax.fill_between(at, d.lo, d.hi, color=colour, alpha=0.15, lw=0)
         ax.axhline(d.value.iloc[0], color=clean, ls=':', lw=1)
         ax.plot(at, d.value, color=colour)
@@ -421,7 +420,7 @@ def draw_robustness(
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #68835d76
 def robustness_part(s: Subject) -> dict:
-    "What image corruptions cost, and up to which level a loss is excluded. Writes `robustness` (`robustness_curve`) and `tolerance`: corruption, tolerated, broken, excluded, verdict."
+    "What image corruptions cost, and up to which level a loss is excluded. Writes `robustness` (`robustness_curve`) and `tolerance`: corruption, excluded, broken, verdict."
     curves = robustness_curve(s.models(), s.store, s.cohort.images, device=s.device, how=s.how)
     return dict(robustness=curves, tolerance=pd.DataFrame([tolerance(curves, k) for k in curves.corruption.unique()]))
 

@@ -345,17 +345,21 @@ def saliency_verdict(
     ceiling: str = None,  # name of the map from `at_resolution` in the table
 ) -> str:
     "'found', 'not found' or 'inconclusive', and why."
-    t = table[(table['map'] == name) & (table.metric == metric)].set_index('than')
+    of = lambda k: table[(table['map'] == k) & (table.metric == metric)].set_index('than')
+    t = of(name)
     if t.empty:
         raise InputError(f'no {metric} of {name!r}', field='table', hint=f'it holds {", ".join(table["map"].unique())}')
     if (n := int(t.n_units.iloc[0])) < min_patients:
         return f'inconclusive: too few patients ({n} with a box)'
-    say = lambda k: f'{metric} {t.difference[k]:+.3f} ({t.difference_lo[k]:+.3f} to {t.difference_hi[k]:+.3f}) than {k}'
+    say = lambda k, t=t: (
+        f'{metric} {t.difference[k]:+.3f} ({t.difference_lo[k]:+.3f} to {t.difference_hi[k]:+.3f}) than {k}'
+    )
     wins = t.difference_lo > 0
     if wins.all():
-        return f'found: {name} looks at the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
-    if ceiling and not saliency_verdict(table, ceiling, metric, min_patients).startswith('found'):
-        return f'inconclusive: at this resolution not even a perfect map looks at the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
+        return f'found: {name} coincides with the opacities ({say(t.difference.idxmin())}, n = {n} patients)'
+    if ceiling and not (of(ceiling).difference_lo > 0).all():
+        best = say(of(ceiling).difference.idxmin(), of(ceiling))
+        return f'inconclusive: at this resolution not even a {ceiling} coincides with the opacities ({best}, n = {n} patients)'
     lost = t.difference[~wins].idxmin()
     why = (
         'it follows the image, but a map that never saw it does as well'
