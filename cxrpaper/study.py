@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY', 'phantom_root', 'checked', 'read_study', 'check_tables', 'check_readiness', 'evaluated_rows', 'leaking_rows',
            'all_rows', 'run_name', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'row_params', 'row_runs',
-           'label_runs', 'row_title', 'pretrain_title', 'grid', 'papermill_yaml']
+           'label_runs', 'also', 'backbone_title', 'row_title', 'pretrain_title', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import yaml
@@ -97,6 +97,11 @@ def check_tables(study, file):
         raise bad('the first row is multi-task', 'table3', hint)
     if (t := study['table6']) is not None and set(t) != {'rows', 'fractions', 'draws'}:
         raise bad(keys(t), 'table6', 'give rows, fractions and draws, or null')
+    named = {'table2': backbone_title, 'table3': row_title, 'table4': pretrain_title}
+    for table, title in named.items():
+        titles = [title(r) for r in study[table]]
+        if twice := sorted({t for t in titles if titles.count(t) > 1}):
+            raise bad(f'two rows are called {twice[0]}', table, 'rows of a table differ in a parameter')
     if study['readiness'] is not None:
         check_readiness(study['readiness'], file)
     own, corpus = {r['pretrain'] for r in all_rows(study)} & set(our_methods()), study['pretraining']
@@ -219,25 +224,37 @@ def label_runs(
     }
 
 # %% ../nbs/appendix/machine/study.ipynb #cde6d267
+def also(row: dict, *told) -> str:  # names of parameters that the title tells already
+    "The other parameters of a row, so that rows that differ have titles that differ."
+    return ''.join(f', {k} {v}'.replace('_', ' ') for k, v in row.items() if k not in ('arch', 'pretrain', *told))
+
+
+def backbone_title(row: dict) -> str:
+    "What a row of Table 2 is called."
+    return f"{row['arch']}, {row['pretrain']}{also(row)}"
+
+
 def row_title(
     row: dict,  # one row of a table
 ) -> str:
     "What a row is called in tables and figures."
     if not row.get('multitask'):
-        return 'single-task'
+        return 'single-task' + also(row, 'multitask')
     parts = ['multi-task' if row.get('schedule', 'joint') == 'joint' else 'segmentation first']
     if row.get('masks', 'true') != 'true':
         parts.append(f"{row['masks']} masks")
     if row.get('weighting', 'fixed') != 'fixed':
         parts.append('learnt weights')
     parts += [f'{name} {row[k]:g}' for k, name in (('seg_weight', 'weight'), ('dice_share', 'Dice share')) if k in row]
-    return ', '.join(parts + [row[k] for k in ('decoder',) if k in row])
+    parts += [row[k] for k in ('decoder',) if k in row]
+    told = ('multitask', 'schedule', 'masks', 'weighting', 'seg_weight', 'dice_share', 'decoder')
+    return ', '.join(parts) + also(row, *told)
 
 # %% ../nbs/appendix/machine/study.ipynb #9ced64e3
 def pretrain_title(row: dict) -> str:
     "What a row of Tables 4 and 6 is called: its pre-training and what came after."
     how = 'linear' if row.get('freeze') else 'multi-task' if row.get('multitask') else 'single-task'
-    return f"{METHODS[row['pretrain']].title}, {how}"
+    return f"{METHODS[row['pretrain']].title}, {how}{also(row, 'freeze', 'multitask', *(['lr'] if row.get('freeze') else []))}"
 
 # %% ../nbs/appendix/machine/study.ipynb #0c17a044
 def grid(study: dict) -> dict:  # run folder -> parameters of 04_finetune

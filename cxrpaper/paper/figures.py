@@ -25,6 +25,7 @@ from ..evaluation.report import COLOURS, LINES, STYLE, cell, dark_edge
 from ..evaluation.rows import mask_runs
 from ..runs import resolve, rng
 from ..schema import CLASSES, METHODS
+from ..study import backbone_title
 from ..training.finetune import load_model
 
 # %% ../../nbs/07_figures.ipynb #805ba9bf
@@ -246,6 +247,6 @@ def figure_labels(
 # %% ../../nbs/07_figures.ipynb #ce091e59
 def leading(study) -> tuple:  # title, row, frames
     "The row of Table 2 with the highest macro AUC."
-    rows = [(f"{r['arch']}, {r['pretrain']}", r, row_frames(study, r)) for r in study['table2']]
+    rows = [(backbone_title(r), r, row_frames(study, r)) for r in study['table2']]
     score = lambda t: np.mean([bootstrap(f, Resampling(100), metrics=['auc_macro']).value[0] for f in t[2]])
     return max(rows, key=score)

@@ -78,7 +78,10 @@ def _of_results(parts) -> dict:
     any_ = dict(target='any', form='validation')
     return dict(
         auc=one(parts, 'performance', metric='auc_macro'),
-        ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top'),
+        ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top')
+        + ' as it comes, '
+        + one(parts, 'calibration', 'rms', scaling='vector', of='top')
+        + ' after scaling',
         sensitivity=one(parts, 'operating', metric='sensitivity', **any_),
         specificity=one(parts, 'operating', metric='specificity', **any_),
         external=one(parts, 'external', name='external'),

@@ -29,7 +29,16 @@ from cxrpaper.evaluation.rows import (
 )
 from ..runs import InputError, load_run, resolve, show_path
 from ..schema import CLASSES, our_methods
-from ..study import evaluated_rows, grid, label_runs, pretrain_title, pretraining_runs, row_runs, row_title
+from cxrpaper.study import (
+    backbone_title,
+    evaluated_rows,
+    grid,
+    label_runs,
+    pretrain_title,
+    pretraining_runs,
+    row_runs,
+    row_title,
+)
 
 # %% ../../nbs/06_tables.ipynb #b9a99de2
 def needed_runs(study: dict) -> list:
@@ -65,7 +74,7 @@ def backbone_table(
         first = first or frames
         runs = list(row_runs(study, row))
         prov = load_run(runs[0])
-        name = f"{row['arch']}, {row['pretrain']}"
+        name = backbone_title(row)
         costs[name] = {'parameters (M)': f"{prov['n_params'] / 1e6:.2f}", 'MACs (G)': f"{prov['macs'] / 1e9:.2f}"}
         rows.append(evaluate_seeds(frames, study['seeds'], how).assign(row=name, runs=' '.join(runs)))
     for kind in BASELINES:

@@ -38,7 +38,7 @@ from cxrpaper.evaluation.metrics import (
     probabilities,
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
-from .calibration import SHARES, fit_temperature, fit_vector, scale_folds, simulate_run
+from .calibration import SHARES, best_map, scale_folds, simulate_run
 from .subject import Subject, above, subject, worst
 from ..runs import InputError, resolve, rng, show_path, write_csv
 from ..schema import CLASSES, LOGITS
@@ -266,8 +266,7 @@ def calibrated(
         return df
     val = df[df.split == 'val']
     shares = val.groupby('fold').label.apply(lambda y: np.bincount(y, minlength=len(CLASSES)))
-    fit = fit_vector if min(map(min, shares)) >= 10 else fit_temperature
-    out, _ = scale_folds(df, fit, leaky, splits)
+    out, _ = scale_folds(df, best_map(df), leaky, splits)
     n = np.array([shares[k].sum() for k in out.fold])
     prior = np.stack([(shares[k] + 1) / (shares[k].sum() + len(CLASSES)) for k in out.fold])
     p = probabilities(out)
