@@ -20,7 +20,8 @@ BIN := .venv/bin
 LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --close --conflict-exit-code 75 Snakefile)
 SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock $(WHERE) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs $(MORE)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export MPLBACKEND := agg
+# kernels choose how pictures get into a page: with a backend named here none would
+unexport MPLBACKEND
 export PYTHONWARNINGS := ignore
 export UV_HTTP_TIMEOUT := 300
 # where it is set, every process compiles PyTorch and the rest from source: cxrpaper.training.finetune then takes 22 s of CPU to import instead of 9
@@ -49,7 +50,7 @@ reproduce: .venv/installed ## after make paper: the tables made here against the
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest -q -ra --durations=5 -m serial tests
 

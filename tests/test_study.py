@@ -132,13 +132,8 @@ for r in c.images.itertuples():
 
 
 def environment(root):
-    return {
-        **os.environ,
-        'PYTHONPATH': str(root),
-        'PATH': f'{BIN}:{os.environ["PATH"]}',
-        'PYTHONWARNINGS': 'ignore',
-        'MPLBACKEND': 'agg',
-    }
+    own = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'}  # as `make paper` runs it
+    return own | dict(PYTHONPATH=str(root), PATH=f'{BIN}:{os.environ["PATH"]}', PYTHONWARNINGS='ignore')
 
 
 def command(*more):
@@ -187,6 +182,18 @@ def test_every_table_and_figure_is_there(whole):
     assert {'auc_macro', 'ap_macro', 'f1_macro', 'balanced_accuracy', 'study_map', 'auc_atypical'} <= set(t.metric)
     for run in t.runs.str.split().explode().unique():
         assert json.loads((whole / run / 'provenance.json').read_text())['key']
+
+
+def test_executed_pages_hold_their_pictures(whole):
+    pages = {f.relative_to(whole / 'runs'): nbformat.read(f, 4) for f in (whole / 'runs').rglob('*.ipynb')}
+    drawn = lambda nb: any('image/png' in o.get('data', {}) for c in nb.cells for o in c.get('outputs', ()))
+    draws = lambda nb: any(
+        re.search(r'plt\.(?:subplots|figure)\(', c.source)
+        for c in nb.cells
+        if c.cell_type == 'code' and '#| export' not in c.source
+    )
+    assert not [str(k) for k, nb in pages.items() if draws(nb) and not drawn(nb)]
+    assert sum(map(drawn, pages.values())) > 10
 
 
 def test_what_was_added_is_in_the_results(whole):
