@@ -55,7 +55,7 @@ test: .venv/installed ## every notebook, then the test suite
 	$(BIN)/python -m pytest -q -ra --durations=5 -m serial tests
 
 lab: .venv/installed ## JupyterLab on nbs/index.ipynb
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb $(MORE)
 
 readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is in figures/ now
 	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN index.ipynb

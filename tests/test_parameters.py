@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -88,24 +89,31 @@ def test_on_the_command_line(args, what, tmp_path):
     assert set((ROOT / 'runs').rglob('params.json')) == before
 
 
+def finetuned(pretrain, arch, out, *more):
+    given = dict(pretrain=pretrain, arch=arch, px='64', epochs='1')
+    return papermill(*(w for k, v in given.items() for w in ('-p', k, v)), *more, out=out)
+
+
 @pytest.mark.parametrize('pretrain', ['moco', 'inpainting'])
-def test_a_missing_pretraining_says_which_run(pretrain, tmp_path):
-    r = papermill(
-        '-p',
-        'pretrain',
-        pretrain,
-        '-p',
-        'arch',
-        'resnet10t',
-        '-p',
-        'px',
-        '64',
-        '-p',
-        'epochs',
-        '1',
-        out=tmp_path / 'out.ipynb',
-    )  # the notebooks 03_* leave runs of another arch
-    assert r.returncode != 0 and f'there is no {pretrain} run with resnet10t' in r.stderr and 'Hint' in r.stderr
+def test_a_missing_pretraining_is_an_error_where_that_is_asked_for(pretrain, tmp_path):
+    r = finetuned(pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'none')
+    assert r.returncode != 0 and f'there is no {pretrain} run with resnet14t' in r.stderr
+    assert f'papermill nbs/03_{pretrain}.ipynb out.ipynb -p profile smoke -p arch resnet14t' in r.stderr
+    r = finetuned(pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'runs/nowhere')
+    assert r.returncode != 0 and 'runs/nowhere' in r.stderr
+
+
+def test_a_missing_pretraining_runs_first_and_is_kept(tmp_path):
+    of = lambda: {f.parent for f in (ROOT / 'runs/smoke/moco').glob('*resnet10t*/provenance.json')}
+    for f in of():
+        shutil.rmtree(f)
+    outs = [tmp_path / f'{k}.ipynb' for k in 'ab']
+    for out in outs:
+        r = finetuned('moco', 'resnet10t', out)
+        assert r.returncode == 0, r.stderr[-3000:]
+    first, second = (f.read_text() for f in outs)
+    assert 'MoCo runs first' in first and 'epoch 1/' in first and 's left' in first
+    assert 'MoCo runs first' not in second and len(of()) == 1
 
 
 def test_the_same_from_anywhere(tmp_path):
