@@ -39,7 +39,7 @@ from cxrpaper.evaluation.metrics import (
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
 from .calibration import SHARES, best_map, scale_folds, simulate_run
-from .subject import Subject, above, subject, worst
+from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, subject, worst
 from ..runs import InputError, resolve, rng, show_path, write_csv
 from ..schema import CLASSES, LOGITS
 from ..study import read_study
@@ -56,10 +56,10 @@ def verdict(
 ) -> str:
     "Found, not found, or inconclusive."
     if n_least < LEAST or np.isnan(p):
-        return 'inconclusive: too few patients'
+        return TOO_FEW
     if p >= alpha:
-        return 'not found'
-    return 'found' if difference > 0 else 'found, the other way round'
+        return NOT_FOUND
+    return FOUND if difference > 0 else 'found, the other way round'
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #8f791a75
 READERS = dict(
@@ -340,7 +340,7 @@ def label_noise(
     least = min(len(np.unique(of[y == k])) for k in range(len(CLASSES)))
     above = (1 + (null >= seen).sum()) / (n_draws + 1)
     share, expected, says = seen / len(y), null.mean() / len(y), verdict(1, above, least)
-    if says == 'not found' and not trusted:
+    if says == NOT_FOUND and not trusted:
         says = SAME_KIND
     shares = dict(flagged=share, expected=expected, lo=lo, hi=hi, excess=share - expected)
     about = dict(estimate=1 - np.trace(estimate_joint(y, p)), p=above, n=len(y), n_units=of.max() + 1, n_least=least)
@@ -674,7 +674,7 @@ def labels_rule(p):
     "Passed if there is no label noise beyond what the model's own uncertainty explains (this study). Reads `label_noise`: flagged, expected, lo, hi, verdict."
     r = p['label_noise'].iloc[0]
     expected = f'{r.expected:.0%} ({r.lo:.0%} to {r.hi:.0%}) expected of this model'
-    answer = {'found': 'not passed', 'not found': 'passed', SAME_KIND: 'not done'}.get(r.verdict, 'inconclusive')
+    answer = {FOUND: 'not passed', NOT_FOUND: 'passed', SAME_KIND: 'not done'}.get(r.verdict, 'inconclusive')
     says = r.verdict if answer != 'not done' else 'needs validation labels that were read again (cxr_reread)'
     return f'{r.flagged:.0%} of the labels in doubt, {expected}: {says}', answer
 

@@ -35,8 +35,8 @@ from cxrpaper.evaluation.metrics import (
     read_cases,
 )
 from ..evaluation.report import STYLE
-from .subgroups import METRICS, TOO_FEW, Sample, countable
-from .subject import Subject, above
+from .subgroups import METRICS, Sample, countable
+from .subject import TOO_FEW, Subject, above
 from ..runs import InputError, rng, torch_generator
 from ..schema import CLASSES, LOGITS
 from ..training.augment import blur, warp

@@ -29,7 +29,7 @@ from ..evaluation.metrics import DEFAULT, Resampling
 from ..evaluation.report import STYLE, dark_edge
 from ..models.nets import Classifier
 from .shortcuts import lung_fields
-from .subject import Subject, worst
+from .subject import TOO_FEW, Subject, worst
 from ..runs import InputError, rng, torch_generator
 from ..schema import CLASSES
 from ..study import evaluated_rows
@@ -350,7 +350,7 @@ def saliency_verdict(
     if t.empty:
         raise InputError(f'no {metric} of {name!r}', field='table', hint=f'it holds {", ".join(table["map"].unique())}')
     if (n := int(t.n_units.iloc[0])) < min_patients:
-        return f'inconclusive: too few patients ({n} with a box)'
+        return f'{TOO_FEW} ({n} with a box)'
     say = lambda k, t=t: (
         f'{metric} {t.difference[k]:+.3f} ({t.difference_lo[k]:+.3f} to {t.difference_hi[k]:+.3f}) than {k}'
     )

@@ -33,7 +33,7 @@ from cxrpaper.evaluation.metrics import (
     read_cases,
 )
 from ..evaluation.predictions import baseline_frame, row_frames
-from .subject import Subject
+from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject
 from ..runs import InputError, rng
 from ..schema import CLASSES
 from ..study import leaking_rows
@@ -48,8 +48,8 @@ COLUMNS = ['part', 'test', 'value', 'lo', 'hi', 'than', 'p', 'n', 'verdict']
 def verdict(value, lo, hi, than, enough) -> str:  # NaN limits: undefined
     "The sentence of one row."
     if lo > than:
-        return 'found'
-    return 'not found' if hi < enough else 'inconclusive: too few patients'
+        return FOUND
+    return NOT_FOUND if hi < enough else TOO_FEW
 
 # %% ../../nbs/appendix/questions/shortcuts.ipynb #d0ecdb1d
 def judge(
@@ -73,7 +73,7 @@ def judge(
         said = verdict(value, lo, hi, than, enough)
         open_ &= lo > than or hi < than
         if said == 'found' and not open_:
-            said = 'inconclusive: too few patients'
+            said = TOO_FEW
         rows[i] = [part, name, value, lo, hi, than, np.nan, n, said]
     return pd.DataFrame(rows, columns=COLUMNS).assign(p=holm(p))
 
@@ -510,7 +510,7 @@ def judge_both(
             if adjusted[k] < 0.05 and all(r.lo > than for r in two)
             else 'not found'
             if any(r.hi < enough for r in two)
-            else 'inconclusive: too few patients'
+            else TOO_FEW
         )
         rows.append([part, k, weak.value, weak.lo, weak.hi, than, adjusted[k], weak.n, said])
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -536,7 +536,7 @@ def draw_shortcuts(
     "Each row's value, Holm interval and the value that stands for no shortcut."
     rows = rows[rows.verdict != ''].iloc[::-1]
     y = np.arange(len(rows))
-    colour = rows.verdict.map(dict(zip(('found', 'not found', 'inconclusive: too few patients'), colours)))
+    colour = rows.verdict.map(dict(zip((FOUND, NOT_FOUND, TOO_FEW), colours)))
     ax.scatter(rows.than, y, marker='|', s=90, color='k', lw=1)
     for i, (r, c) in enumerate(zip(rows.itertuples(), colour)):
         ax.plot([r.lo, r.hi], [i, i], color=c)
@@ -608,7 +608,7 @@ def shortcuts_rule(p):
     "Passed if no test of Table 8 finds a shortcut, and none is inconclusive (DeGrave 2021). Reads `shortcuts`: part, test, value, verdict."
     d = p['shortcuts']
     d = d[d.part.isin(('occlusion', 'marker', 'probe')) & (d.verdict != '')]
-    found, open_ = d[d.verdict == 'found'], d[d.verdict.str.startswith('inconclusive')]
+    found, open_ = d[d.verdict == FOUND], d[d.verdict.str.startswith('inconclusive')]
     text = (
         'found: ' + ', '.join(f'{r.test} {r.value:.2f}' for r in found.itertuples())
         if len(found)
