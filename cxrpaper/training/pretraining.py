@@ -216,6 +216,7 @@ def pretrain_first(p, out='runs'):  # parameters of a fine-tuning; where the exe
     "Execute nbs/03_<p.pretrain>.ipynb for this fine-tuning; its run is then the latest that fits."
     from papermill import execute_notebook
 
+    load_pretrained(Encoder(p.arch), 'imagenet')  # what it begins with is missed before anything is executed
     split = {k: getattr(p, k) for k in ('profile', 'arch', 'n_folds', 'fold', 'fold_seed')}
     data = dict(data_root=p.data_root, labelled_root=p.data_root, adapter=p.adapter, labelled_adapter=p.adapter)
     source, copy = project_root() / f'nbs/03_{p.pretrain}.ipynb', resolve(out) / p.profile / f'{p.pretrain}.ipynb'
