@@ -738,3 +738,25 @@ def test_folder_faults(tmp_path):
     (root / 'gone.png').unlink()
     for rule in ('^(p\\d)/', '(', '^c'):
         assert refused(read_cohort, root, 'folder', patient=rule).field == 'patient'
+
+
+def test_values_of_a_table_are_read_however_they_are_written(tmp_path):
+    "Spaces, case, words for yes and for the sexes; what is not understood is refused, with its line."
+    for k in 'abc':
+        picture(tmp_path / f'images/{k}.png')
+    table = tmp_path / 'mine.csv'
+    text = 'image,patient,sex,view,age,annotated\na,P1,Female,ap,61,yes\nb, P1 ,f,PA,,1.0\nc,P2,m,,30,No\n'
+    table.write_text(text)
+    c = read_cohort(table).images
+    assert c.patient.tolist() == ['P1', 'P1', 'P2'] and c.sex.tolist() == ['F', 'F', 'M']
+    assert c['view'].tolist() == ['AP', 'PA', 'unknown'] and c.annotated.tolist() == [True, True, False]
+    for before, after, words in (
+        (' P1 ', 'p1', ("'P1' and 'p1'", 'column patient', 'same way everywhere')),
+        (',Female', ',woman', ('line 2', 'column sex', 'female')),
+        (',61', ',411', ('line 2', 'column age')),
+        (',61', ',-3', ('line 2', 'column age')),
+        (',yes', ',perhaps', ('line 2', 'column annotated', 'yes')),
+    ):
+        table.write_text(text.replace(before, after, 1))
+        message = str(refused(read_cohort, table))
+        assert all(w in message for w in words), message
