@@ -65,7 +65,7 @@ def stage(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
-    except DicomError:
+    except (DicomError, NameError, ImportError):  # the latter two are never the file's fault
         raise
     except Exception as e:
         raise DicomError(name, ' '.join(f'{type(e).__name__}: {e}'.split()), path, hint=hint) from e
