@@ -945,3 +945,12 @@ def test_reading_nine_million_pixels_takes_well_under_a_second(tmp_path):
     header = time.process_time() - start
     print(f'{min(seconds):.3f} s, header {1000 * header:.1f} ms')
     assert min(seconds) < 0.8 and header < 0.2
+
+
+def test_a_mistake_of_our_own_is_not_the_files_fault(tmp_path):
+    from cxrpaper.data.dicom import stage
+
+    with pytest.raises(NameError), stage('open', tmp_path, 'copy it again'):
+        no_such_name  # noqa: B018, F821
+    with pytest.raises(DicomError, match='copy it again'), stage('open', tmp_path, 'copy it again'):
+        int('x')
