@@ -673,11 +673,9 @@ def holm(p) -> np.ndarray:  # (M,) p values, NaN where nothing was tested -> (M,
     ok = np.flatnonzero(~np.isnan(p))
     if ((p[ok] < 0) | (p[ok] > 1)).any():
         raise InputError('p outside [0, 1]', field='p', hint='give probabilities')
+    order = ok[np.argsort(p[ok], kind='stable')]
     out = np.full(p.shape, np.nan)
-    if len(ok):
-        from statsmodels.stats.multitest import multipletests  # takes a second to import
-
-        out[ok] = multipletests(p[ok], method='holm')[1]
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(ok), 0, -1)), 1)
     return out
 
 # %% ../../nbs/05_metrics.ipynb #49b57253
