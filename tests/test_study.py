@@ -186,7 +186,8 @@ def test_every_table_and_figure_is_there(whole):
 
 def test_executed_pages_hold_their_pictures(whole):
     pages = {f.relative_to(whole / 'runs'): nbformat.read(f, 4) for f in (whole / 'runs').rglob('*.ipynb')}
-    drawn = lambda nb: any('image/png' in o.get('data', {}) for c in nb.cells for o in c.get('outputs', ()))
+    kinds = lambda nb: {k for c in nb.cells for o in c.get('outputs', ()) for k in o.get('data', {})}
+    drawn = lambda nb: bool(kinds(nb) & {'image/png', 'image/jpeg', 'image/svg+xml'})
     draws = lambda nb: any(
         re.search(r'plt\.(?:subplots|figure)\(', c.source)
         for c in nb.cells
