@@ -366,7 +366,7 @@ def mistakes(df: pd.DataFrame, confidence=None) -> tuple:  # predictions; column
 # %% ../../nbs/appendix/questions/decisions.ipynb #4e993cb1
 def augrc(wrong, confidence, w) -> np.ndarray:  # (N,) bool; (N,); (N,B) counts -> (B,)
     "Area under the generalised risk-coverage curve (Traub et al. 2024): the chance that an image is kept and wrong, averaged over all coverages."
-    kept, bad = (v / v_all for v, v_all in zip(errors_kept(wrong, confidence, w), [w.sum(0)] * 2))
+    kept, bad = (v / w.sum(0) for v in errors_kept(wrong, confidence, w))
     return ((bad[1:] + bad[:-1]) / 2 * np.diff(kept, axis=0)).sum(0)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #95395325

@@ -272,15 +272,19 @@ def _resampled(d, values, how: Resampling) -> list:  # of functions of the weigh
     return [np.concatenate(o) if o else None for o in drawn]
 
 
+def _class_names(metric, classes) -> str:
+    "The classes that a metric is made of, where it is made of classes."
+    return ', '.join(CLASSES[k] for k in classes) if 'auc_macro' in metric or metric.endswith('_standard') else ''
+
+
 def _first_columns(of, metric, rows, n, classes) -> dict:  # n: number of all images
     "The metric of a group and of all images, the classes that it is made of, or why there is none."
     everyone = np.ones((n, 1))
-    named = 'auc_macro' in metric or metric.endswith('_standard')
     return dict(
         metric=metric,
         value=of(rows, everyone)[0] if of else np.nan,
         overall=of(np.arange(n), everyone)[0] if of else np.nan,
-        classes=', '.join(CLASSES[k] for k in classes) if named else '',
+        classes=_class_names(metric, classes),
         note='' if of else TOO_FEW,
     )
 
@@ -353,9 +357,8 @@ def subgroup_gaps(
             value, others = (of(r, once)[0] if ok else np.nan for r in (i, j))
             error = np.hypot(*(_baseline(metric, d, r, classes) for r in (i, j))) if ok else None
             sides.append((partial(_gap, of, i, j), error) if ok else None)
-            named = 'auc_macro' in metric or metric.endswith('_standard')
             about = dict(attribute=a, group=l, metric=metric, value=value, others=others, gap=value - others)
-            about |= dict(classes=', '.join(CLASSES[k] for k in classes) if named else '', **counts)
+            about |= dict(classes=_class_names(metric, classes), **counts)
             rows.append(about | dict(note='' if ok else TOO_FEW))
     drawn = _resampled(d, [s and s[0] for s in sides], how)
     return _judged(pd.DataFrame(rows), _errors(drawn, sides), drawn, how.level)
