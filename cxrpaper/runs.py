@@ -7,7 +7,7 @@ __all__ = ['KERNELS', 'InputError', 'project_root', 'resolve', 'show_path', 'cho
            'optional', 'as_parameters', 'parameters', 'rng', 'torch_generator', 'digest', 'file_digest', 'atomic',
            'commit_folder', 'atomic_dir', 'write_json', 'write_csv', 'compute_facts', 'provenance', 'module_file',
            'notebook_of', 'code_text', 'code_parts', 'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter',
-           'Run', 'begin', 'finish', 'load_run']
+           'Run', 'hold', 'release', 'begin', 'finish', 'load_run']
 
 # %% ../nbs/appendix/machine/runs.ipynb #83880a0f
 import ast
@@ -26,9 +26,10 @@ import time
 import cxrpaper
 
 try:
+    import fcntl
     import resource
 except ImportError:
-    resource = None  # Windows
+    fcntl = resource = None  # Windows
 from contextlib import contextmanager
 from dataclasses import is_dataclass, make_dataclass
 from datetime import datetime, timezone
@@ -285,7 +286,10 @@ def atomic(path):  # the final path; missing parent folders are made
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask says; some writers are stricter
         yield tmp
+        tmp.chmod(mode)
         _sync(tmp)
         os.replace(tmp, path)
         _sync(path.parent)
@@ -649,9 +653,37 @@ def _key_of(file):
     except (OSError, ValueError, KeyError):
         return None
 
+# %% ../nbs/appendix/machine/runs.ipynb #b7991f21
+_HELD = {}  # folder -> its lock, open as long as this process works in it
+
+
+def hold(folder: Path):
+    "Take the lock beside a folder, until `release` or the end of this process; InputError where another process has it."
+    lock = folder.with_name(f'.{folder.name}.lock')
+    if fcntl is None or str(folder) in _HELD:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = open(lock, 'a')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(
+            'another process works in it', file=show_path(folder), hint='wait for it, or give another name by `run`'
+        ) from None
+    _HELD[str(folder)] = file
+
+
+def release(folder: Path):
+    "Give the lock back and remove it."
+    if (file := _HELD.pop(str(folder), None)) is not None:
+        folder.with_name(f'.{folder.name}.lock').unlink(missing_ok=True)
+        file.close()
+
 # %% ../nbs/appendix/machine/runs.ipynb #73a4b00c
 def begin(run: Run) -> Path:  # the folder to write to
-    "Open `run.partial`: kept, with its checkpoints, where it belongs to the same key; otherwise emptied."
+    "Open `run.partial`: kept, with its checkpoints, where it belongs to the same key; otherwise emptied. InputError while another process works in it."
+    hold(run.partial)
     if _key_of(run.partial / 'params.json') != run.key:
         shutil.rmtree(run.partial, ignore_errors=True)
         run.partial.mkdir(parents=True)
@@ -669,8 +701,10 @@ def finish(run: Run, **extra) -> dict:  # the provenance that was written
         run.code, key=run.key, run=show_path(run.path), params=run.params, inputs=run.inputs, spent=spent, **extra
     )
     write_json(run.partial / 'provenance.json', prov)
+    for left in [*run.partial.rglob('.*.tmp'), run.partial / 'checkpoint.pt']:  # of a session that was killed
+        left.unlink(missing_ok=True)
     commit_folder(run.partial, run.path)
-    (run.path / 'checkpoint.pt').unlink(missing_ok=True)
+    release(run.partial)
     return prov
 
 # %% ../nbs/appendix/machine/runs.ipynb #57f87284

@@ -6,15 +6,13 @@
 __all__ = ['UNFINISHED', 'ROWS', 'MORE', 'DIGESTS', 'execution', 'executed', 'link', 'wall', 'jobs_table', 'fold', 'index_html',
            'order', 'artefacts', 'made_by', 'runs_html', 'page_of', 'audit', 'cautions', 'overview', 'matches',
            'runs_of', 'table_cells', 'run_record', 'origin', 'where', 'describe_run', 'number_text', 'where_text',
-           'where_command', 'pages', 'compare_folders', 'verify', 'verify_command']
+           'pages', 'compare_folders', 'verify']
 
 # %% ../../nbs/appendix/paper/provenance.ipynb #9ca5499d
-import argparse
 import html
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -476,32 +474,6 @@ def where_text(found: list, table) -> str:  # found: from `where`
                 told.add(r['run'])
     return '\n'.join(lines)
 
-# %% ../../nbs/appendix/paper/provenance.ipynb #95e6c460
-def where_command(argv=None):
-    "Console script `cxr_where`: where a number comes from."
-    a = argparse.ArgumentParser(
-        prog='cxr_where',
-        description='Where a number of a table comes from: runs, commit, parameters, data, versions, device, time and energy.',
-    )
-    a.add_argument('table', help='its csv, such as figures/table4.csv')
-    for k, what in dict(
-        row='row, or a part of its name',
-        col='metric (auc_macro), or column',
-        labels='share of the labels (Table 6)',
-        than='for a difference: the row that is subtracted',
-    ).items():
-        a.add_argument(f'--{k}', help=what)
-    a.add_argument('--json', action='store_true', help='everything, for programs')
-    a = a.parse_args(argv)
-    try:
-        found = where(a.table, a.row, a.col, a.labels, a.than)
-    except InputError as e:
-        raise SystemExit(f'cxr_where: {e}') from None
-    try:
-        print(json.dumps(found, indent=1, default=str) if a.json else where_text(found, a.table), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
-
 # %% ../../nbs/appendix/paper/provenance.ipynb #21905de2
 def pages(study: dict) -> list:  # file names in nbs/, in order
     "The notebooks that write into a study's figures folder."
@@ -571,26 +543,3 @@ def verify(study_file, only=None, progress=True) -> pd.DataFrame:  # only: some 
     if only:
         again = again[again.problem != 'no notebook makes it']
     return pd.concat([found, again.assign(file=[f"{study['figures']}/{f}" for f in again.file])], ignore_index=True)
-
-# %% ../../nbs/appendix/paper/provenance.ipynb #58ab7d5d
-def verify_command(argv=None):
-    "Console script `cxr_verify`: do the tables and figures follow from the saved runs?"
-    a = argparse.ArgumentParser(
-        prog='cxr_verify',
-        description='Recompute every table and figure from the saved runs; exit status 1 if one differs.',
-    )
-    a.add_argument('study', nargs='?', default='config/smoke.yaml')
-    a.add_argument('--files', action='store_true', help='only hold the files against their sidecars: needs no runs')
-    a.add_argument('--only', nargs='*', help='some notebooks, such as 06_tables')
-    a = a.parse_args(argv)
-    try:
-        bad = audit(read_study(a.study)['figures']) if a.files else verify(a.study, a.only)
-    except InputError as e:
-        raise SystemExit(f'cxr_verify: {e}') from None
-    for r in bad.itertuples():
-        print(f'{r.file}: {r.problem}')
-    if len(bad):
-        raise SystemExit(f'{len(bad)} differ')
-    print(
-        'all files are as they were written' if a.files else 'every table and figure came out the same, byte for byte'
-    )

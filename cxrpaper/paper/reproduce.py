@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'committed_files', 'written_files', 'read_cells', 'read_spread', 'tolerance', 'compare', 'flipped', 'too_many',
-           'reproduce', 'reproduce_command']
+           'reproduce', 'reproduced_text']
 
 # %% ../../nbs/appendix/paper/reproduce.ipynb #b427945c
-import argparse
 import io
 import subprocess
 from pathlib import Path
@@ -18,7 +17,7 @@ from scipy import stats
 
 from ..evaluation.plan import read_plan
 from ..evaluation.rows import read_seeds
-from ..runs import InputError, project_root, resolve, show_path, write_csv
+from ..runs import InputError, project_root, resolve, show_path
 from ..study import read_study
 
 # %% ../../nbs/appendix/paper/reproduce.ipynb #e58ac23a
@@ -145,23 +144,19 @@ def reproduce(study_file, against=None) -> tuple:  # cells, verdicts that change
     return cells, flipped(fresh, old, metric), too_many(cells, metric)
 
 # %% ../../nbs/appendix/paper/reproduce.ipynb #0b6248d2
-def reproduce_command(argv=None):
-    "Console script `cxr_reproduce`: do the tables made here agree with the committed ones?"
-    a = argparse.ArgumentParser(prog='cxr_reproduce', description=reproduce_command.__doc__)
-    a.add_argument('study', help='the study file, such as config/smoke.yaml')
-    a.add_argument('--against', help='a folder with tables; without it, those that were committed')
-    a = a.parse_args(argv)
-    try:
-        cells, changed, (k, n, p) = reproduce(a.study, a.against)
-    except InputError as e:
-        raise SystemExit(f'cxr_reproduce: {e}') from None
-    for text in changed:
-        print(f'verdict changed: {text}')
-    print(cells.status.value_counts().rename_axis('cells').to_string())
+def reproduced_text(
+    cells: pd.DataFrame,  # from `reproduce`
+    changed: list,
+    outside: tuple,
+) -> str:
+    "Verdicts that changed, how many cells are what, those that are outside, and the test."
     odd = cells[cells.status.isin(['outside', 'missing'])].sort_values('status', ascending=False, kind='stable')
-    if len(odd):
-        print(odd.round(3).head(40).to_string(index=False))
-    out = Path('runs') / read_study(a.study)['name'] / 'reproduced.csv'
-    write_csv(resolve(out), cells)
-    print(f'{k} of {n} rows outside in {read_plan().metric}, binomial p {p:.3f}; every cell: {out}')
-    raise SystemExit(p < 0.01)
+    k, n, p = outside
+    return '\n'.join(
+        [
+            *(f'verdict changed: {text}' for text in changed),
+            cells.status.value_counts().rename_axis('cells').to_string(),
+            *([odd.round(3).head(40).to_string(index=False)] if len(odd) else []),
+            f'{k} of {n} rows outside in {read_plan().metric}, binomial p {p:.3f}',
+        ]
+    )

@@ -8,11 +8,9 @@ __all__ = ['LEAST', 'READERS', 'PAIRS', 'SAME_KIND', 'verdict', 'readers_matrix'
            'count_flags', 'draw_labels', 'redrawn', 'label_noise', 'noise_matrix', 'noise_bound', 'doubtful',
            'reread_sample', 'with_reread', 'reread_power', 'cartography', 'regions', 'hardest', 'draw_confusions',
            'draw_separability', 'draw_cartography', 'draw_gallery', 'reread_labels', 'difficulty_part',
-           'cartography_part', 'classes_rule', 'labels_rule', 'reread_command', 'figure_confusions', 'draw_hardest',
-           'figure_difficulty']
+           'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions', 'draw_hardest', 'figure_difficulty']
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #5a921187
-import argparse
 import sys
 
 import matplotlib as mpl
@@ -39,10 +37,9 @@ from cxrpaper.evaluation.metrics import (
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
 from .calibration import SHARES, best_map, scale_folds, simulate_run
-from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, subject, worst
-from ..runs import InputError, resolve, rng, show_path, write_csv
+from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, worst
+from ..runs import InputError, resolve, rng
 from ..schema import CLASSES, LOGITS
-from ..study import read_study
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #7ce44a6f
 LEAST = 10  # patients of the rarest class below which nothing is claimed
@@ -677,30 +674,6 @@ def labels_rule(p):
     answer = {FOUND: 'not passed', NOT_FOUND: 'passed', SAME_KIND: 'not done'}.get(r.verdict, 'inconclusive')
     says = r.verdict if answer != 'not done' else 'needs validation labels that were read again (cxr_reread)'
     return f'{r.flagged:.0%} of the labels in doubt, {expected}: {says}', answer
-
-# %% ../../nbs/appendix/questions/difficulty.ipynb #0ed3f031
-def reread_command(argv=None):
-    "Console script `cxr_reread`: whom to read again, and what that would find."
-    a = argparse.ArgumentParser(prog='cxr_reread', description=reread_command.__doc__)
-    a.add_argument('study', help='the study file, such as config/study.yaml; its models must be there')
-    a.add_argument('--patients', type=int, default=100, help='how many can be read')
-    a.add_argument('--share', type=float, default=0.1, help='of wrong labels that should be found')
-    a = a.parse_args(argv)
-    try:
-        study = read_study(a.study)
-        both = subject(study).both
-        drawn = reread_sample(both, a.patients)
-        power, lo, hi = reread_power(both, drawn.image, a.share, progress=True)
-    except InputError as e:
-        raise SystemExit(f'cxr_reread: {e}') from None
-    out = resolve(f"runs/{study['name']}/reread.csv")
-    write_csv(out, drawn[['image']].assign(label=''))
-    print(
-        f'{len(drawn)} images of {a.patients} patients: {show_path(out)}. Fill in the column label without looking at the old one, and name the file in {a.study} (readiness: reread).'
-    )
-    print(
-        f'{a.share:.0%} of wrong labels would be found with a probability of {power:.2f} ({lo:.2f} to {hi:.2f}, 20 simulated studies).'
-    )
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #8062cfb8
 def figure_confusions(

@@ -7,7 +7,7 @@ __all__ = ['THROUGHPUT', 'NOTEBOOK_MB', 'NOT_MEASURED', 'NOT_COUNTED', 'kinds', 
            'all_params', 'cost_key', 'trainings', 'Timing', 'made_up', 'learner', 'measure_training', 'predict_rate',
            'seconds_beside', 'job_seconds', 'provenance_of', 'measure_start', 'read_throughput', 'keep_throughput',
            'as_text', 'measure_study', 'published_images', 'image_counts', 'phantom_count', 'training_seconds',
-           'is_done', 'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text', 'totals', 'lines', 'command']
+           'is_done', 'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text', 'totals', 'lines']
 
 # %% ../../nbs/appendix/training/throughput.ipynb #d03d4d13
 import ast
@@ -482,20 +482,3 @@ def lines(t: pd.DataFrame) -> str:  # one line per kind of training
 
     counts = lambda r: dict(epochs=r.epochs, runs=r.runs, done=r.done)
     return pd.DataFrame([dict(training=what(r)) | counts(r) | hours(r) for r in t.itertuples()]).to_string(index=False)
-
-# %% ../../nbs/appendix/training/throughput.ipynb #fa430ab9
-def command(argv=None):
-    "Console script `cxr_plan`: what a study would take."
-    import argparse
-
-    a = argparse.ArgumentParser(
-        prog='cxr_plan',
-        description='Trainings of a study, what is done, and the time, GPU hours and disk that the rest takes on each device that was measured.',
-    )
-    a.add_argument('study', nargs='?', default='config/smoke.yaml')
-    a.add_argument('--gpus', type=int, default=1, help='that work at the same time')
-    a = a.parse_args(argv)
-    try:
-        print(plan_text(read_study(a.study), gpus=a.gpus))
-    except InputError as e:
-        raise SystemExit(f'cxr_plan: {e}') from None
