@@ -151,8 +151,11 @@ def check_readiness(r, file):
     "InputError for an evaluation that could not be made."
     bad = lambda problem, hint, field='readiness': InputError(problem, file=file, field=field, hint=hint)
     keys = lambda d: f'the keys are {", ".join(d)}'
-    if set(r) - {'reread'} != {'external', 'rows', 'splits'}:
-        raise bad(keys(r), 'give rows, splits and external (and reread, where labels were read again), or null')
+    if set(r) - {'readers', 'reread'} != {'external', 'rows', 'splits'}:
+        raise bad(
+            keys(r),
+            'give rows, splits and external (and readers or reread, where somebody has read the test images or the labels again), or null',
+        )
     if not r['rows']:
         raise bad('no rows', 'name at least the model that is to be evaluated')
     if odd := set(r['splits']) - {'study', 'image'}:

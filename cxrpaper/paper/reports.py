@@ -80,7 +80,7 @@ def _of_results(parts) -> dict:
         auc=one(parts, 'performance', metric='auc_macro'),
         ece=one(parts, 'calibration', 'rms', scaling='as it comes', of='top')
         + ' as it comes, '
-        + one(parts, 'calibration', 'rms', scaling='vector', of='top')
+        + one(parts, 'calibration', 'rms', scaling='best', of='top')
         + ' after scaling',
         sensitivity=one(parts, 'operating', metric='sensitivity', **any_),
         specificity=one(parts, 'operating', metric='specificity', **any_),

@@ -6,7 +6,7 @@
 __all__ = ['SHARES', 'BINS', 'LIMITS', 'simulate_run', 'equal_mass_bins', 'scores_of', 'bin_sums', 'reliability_curve', 'Gaps',
            'gaps', 'miscalibration_p', 'error_interval', 'calibration_errors', 'losses', 'murphy', 'Scaling',
            'fit_temperature', 'fit_vector', 'scale_folds', 'calibration_difference', 'draw_reliability',
-           'calibration_slope', 'calibration_index', 'class_calibration', 'best_map', 'calibration_part',
+           'calibration_slope', 'calibration_index', 'class_calibration', 'fit_best', 'calibration_part',
            'calibration_rule', 'figure_calibration']
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #5487ce1e
@@ -514,16 +514,19 @@ def class_calibration(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #16bad302
-def best_map(df: pd.DataFrame):  # predictions, `val` and `test` rows
-    "Vector scaling where every validation fold has at least 10 images of each class, else one temperature."
-    val = df[df.split == 'val']
-    shares = val.groupby('fold').label.apply(lambda y: np.bincount(y, minlength=len(CLASSES)).min())
-    return fit_vector if shares.min() >= 10 else fit_temperature
+def fit_best(
+    df: pd.DataFrame,  # validation rows of one fold
+    leaky: bool = False,
+    least: int = 10,  # images of the rarest class
+) -> Scaling:
+    "Vector scaling where the fold has enough images of each class to fit it, else one temperature."
+    enough = np.bincount(df.label, minlength=len(CLASSES)).min() >= least
+    return (fit_vector if enough else fit_temperature)(df, leaky=leaky)
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #c0a928fe
 def calibration_part(s: Subject) -> dict:
-    "Calibration as the model comes, with a temperature and with vector scaling. Writes `calibration` (`calibration_errors`), `by_class` (`class_calibration`), `brier` (`murphy`), `scaling` (`scale_folds`), `scaling_difference` (`calibration_difference`), each with the column scaling."
-    scaled = {'temperature': scale_folds(s.both), 'vector': scale_folds(s.both, best_map(s.both))}
+    "Calibration as the model comes, with a temperature, and with the best map that each fold can fit (`fit_best`). Writes `calibration` (`calibration_errors`), `by_class` (`class_calibration`), `brier` (`murphy`), `scaling` (`scale_folds`), `scaling_difference` (`calibration_difference`), each with the column scaling."
+    scaled = {'temperature': scale_folds(s.both), 'best': scale_folds(s.both, fit_best)}
     frames = {'as it comes': s.frame} | {k: f for k, (f, _) in scaled.items()}
     each = lambda f: pd.concat([f(df).assign(scaling=k) for k, df in frames.items()], ignore_index=True)
     parts = lambda df: pd.DataFrame([murphy(df.label.to_numpy(int), probabilities(df))])
@@ -540,8 +543,8 @@ def calibration_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #3a9c1fee
 def calibration_rule(p):
-    "Passed if, after scaling (a factor and an addend for each class where the folds allow it, else a temperature), the debiased error of the predicted class is at most .05 and the mean probability of each class within .8 to 1.25 times its share, all by their limits (TRIPOD+AI 12e). Reads `calibration`: scaling, of, rms, lo, hi; `by_class`: scaling, class, ratio, lo, hi."
-    d, c = (p[k][p[k].scaling == 'vector'] for k in ('calibration', 'by_class'))
+    "Passed if, after scaling (a factor and an addend for each class in folds with ten images of each, a temperature in the others), the debiased error of the predicted class is at most .05 and the mean probability of each class within .8 to 1.25 times its share, all by their limits (TRIPOD+AI 12e). Reads `calibration`: scaling, of, rms, lo, hi; `by_class`: scaling, class, ratio, lo, hi."
+    d, c = (p[k][p[k].scaling == 'best'] for k in ('calibration', 'by_class'))
     r, off = d[d.of == 'top'].iloc[0], c.loc[np.log(c.ratio).abs().idxmax()]
     top = 'passed' if r.hi <= 0.05 else 'not passed' if r.lo > 0.05 else 'inconclusive'
     within = lambda x: (

@@ -38,7 +38,7 @@ from cxrpaper.evaluation.metrics import (
     running_sum,
 )
 from ..evaluation.report import STYLE, cell
-from .calibration import best_map, scale_folds
+from .calibration import fit_best, scale_folds
 from .subject import Subject, above, worst
 from ..runs import InputError, load_run
 from ..schema import CLASSES
@@ -753,7 +753,7 @@ def class_shares(
 # %% ../../nbs/appendix/questions/decisions.ipynb #326ebee2
 def decisions_part(s: Subject) -> dict:
     "Operating points, decision curves, selective prediction and referral, predictive values, class shares. Writes `operating`, `decision_curve`, `decisions` (`decision_benefit`), `costs` (`decision_costs`), `risk_coverage`, `selective`, `referral`, `sets`, `predictive_values`, `shares`, with the columns of the functions that make them."
-    scaled = scale_folds(s.both, best_map(s.both))[0]
+    scaled = scale_folds(s.both, fit_best)[0]
     p = load_run(next(iter(s.runs())))['params']
     shares = np.bincount(s.both.label, minlength=4) ** (1 - p['class_weight_power'])
     shares = shares / shares.sum()  # what class weights leave of them

@@ -36,7 +36,7 @@ from cxrpaper.evaluation.metrics import (
     probabilities,
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
-from .calibration import SHARES, best_map, scale_folds, simulate_run
+from .calibration import SHARES, fit_best, scale_folds, simulate_run
 from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, worst
 from ..runs import InputError, resolve, rng
 from ..schema import CLASSES, LOGITS
@@ -263,7 +263,7 @@ def calibrated(
         return df
     val = df[df.split == 'val']
     shares = val.groupby('fold').label.apply(lambda y: np.bincount(y, minlength=len(CLASSES)))
-    out, _ = scale_folds(df, best_map(df), leaky, splits)
+    out, _ = scale_folds(df, fit_best, leaky, splits)
     n = np.array([shares[k].sum() for k in out.fold])
     prior = np.stack([(shares[k] + 1) / (shares[k].sum() + len(CLASSES)) for k in out.fold])
     p = probabilities(out)
@@ -616,7 +616,7 @@ def draw_gallery(
         ax.imshow(x, cmap='gray')
         for u, v, w, h in b:
             ax.add_patch(plt.Rectangle((u - 0.5, v - 0.5), w, h, fill=False, ec=colour, lw=1))
-        ax.set_title(f'{r.label}\ncalled {r.predicted} {r.p_predicted:.2f}\np(label) {r.p_label:.2f}', fontsize=7)
+        ax.set_title(f'{r.label}\npredicted {r.predicted} {r.p_predicted:.2f}\np(label) {r.p_label:.2f}', fontsize=7)
     for ax in axs:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
