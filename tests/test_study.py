@@ -174,7 +174,11 @@ def test_every_table_and_figure_is_there(whole):
             for e in ('csv', 'md', 'tex', 'json')
         }
         | {f'figure{i}.{e}' for i in range(1, 17) for e in ('svg', 'png', 'json')}
-        | {f'{r}.{e}' for r in ('model_card', 'datasheet', 'claim', 'tripod_ai') for e in ('md', 'json')}
+        | {
+            f'{r}.{e}'
+            for r in ('model_card', 'datasheet', 'claim', 'tripod_ai', 'metrics', 'probast_ai')
+            for e in ('md', 'json')
+        }
     )
     assert set(results(whole)) == names
     t = pd.read_csv(whole / 'figures' / 'table2.csv')

@@ -105,8 +105,8 @@ def try_classes(n, seed, planted, how):
     "Planted: indeterminate is not told from the rest. Clean: every class is."
     df = tested(cohort(n, seed))
     if planted:
-        z, rows = df[LOGITS].to_numpy().copy(), np.flatnonzero(df.label == 2)
-        z[rows] = z[rng(seed, 'anyone').integers(len(z), size=len(rows))]
+        z, rows, others = df[LOGITS].to_numpy().copy(), np.flatnonzero(df.label == 2), np.flatnonzero(df.label != 2)
+        z[rows] = z[rng(seed, 'others').choice(others, len(rows))]
         df = df.assign(**dict(zip(LOGITS, z.T)))
     performance = evaluate(df, how, metrics=list(BY_CLASS))
     return classes_rule(dict(performance=performance, separability=separability(df, how)))[1], None
