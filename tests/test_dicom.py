@@ -702,7 +702,7 @@ WRONG = {
     'window without width': (dict(WindowCenter=5), 'header', 'WindowWidth'),
     'width 0': (dict(WindowCenter=5, WindowWidth=0), 'header', 'WindowWidth'),
     'width below 0': (dict(WindowCenter=5, WindowWidth=-3, VOILUTFunction='SIGMOID'), 'header', 'WindowWidth'),
-    'unknown function': (dict(WindowCenter=5, WindowWidth=9, VOILUTFunction='CUBIC'), 'header', 'WindowWidth'),
+    'unknown function': (dict(WindowCenter=5, WindowWidth=9, VOILUTFunction='CUBIC'), 'header', 'VOILUTFunction'),
     'window beside the values': (dict(WindowCenter=60000, WindowWidth=10), 'pixels', 'WindowCenter'),
     'slope without intercept': (dict(RescaleSlope=2), 'header', 'RescaleSlope'),
     'slope 0': (dict(RescaleSlope=0, RescaleIntercept=1), 'header', 'RescaleSlope'),
@@ -954,3 +954,108 @@ def test_a_mistake_of_our_own_is_not_the_files_fault(tmp_path):
         no_such_name  # noqa: B018, F821
     with pytest.raises(DicomError, match='copy it again'), stage('open', tmp_path, 'copy it again'):
         int('x')
+
+
+# ---------------------------------------------------------------- what people bring
+
+
+def test_streams_with_more_bits_than_stated_are_refused_under_every_lossless_syntax(tmp_path):
+    "Nothing may wrap: 13 bits under Bits Stored 12."
+    pixels = chest(64).astype(np.uint16) % 4096
+    syntaxes = (uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless)
+    for syntax in syntaxes:
+        name = ''.join(c for c in syntax.name if c.isalnum())
+        is_image(read_dicom(make(tmp_path / f'{name}.dcm', pixels, syntax, 12)))
+        more = pixels.copy()
+        more[0, 0] = 5000
+        stream = encode(more, syntax, 13)
+        e = refused(make(tmp_path / f'{name}_more.dcm', more, syntax, 12, data=stream))
+        assert e.field == 'BitsStored', (name, e)
+
+
+def test_a_signed_stream_under_an_unsigned_header_is_refused(tmp_path):
+    pixels = (chest(64).astype(np.int32) % 4096 - 2048).astype(np.int16)
+    right = make(tmp_path / 'right.dcm', pixels, uid.JPEG2000Lossless, 12)
+    assert read_pixels(right)[1].min() < 0
+    wrong = make(tmp_path / 'wrong.dcm', pixels, uid.JPEG2000Lossless, 12, PixelRepresentation=0)
+    assert refused(wrong).field == 'PixelRepresentation'
+
+
+def test_padding_after_the_pixel_data_is_legal_and_other_bytes_are_not(tmp_path):
+    pixels = chest(64)
+    plain = make(tmp_path / 'plain.dcm', pixels)
+    padded = make(tmp_path / 'padded.dcm', pixels, data=encode(pixels, uid.ExplicitVRLittleEndian, 16) + bytes(510))
+    assert (read_dicom(padded) == read_dicom(plain)).all()
+    other = encode(pixels, uid.ExplicitVRLittleEndian, 16) + bytes(range(256)) * 2
+    assert refused(make(tmp_path / 'other.dcm', pixels, data=other)).field == 'PixelData'
+
+
+def test_an_rle_segment_may_end_in_one_byte_to_make_it_even(tmp_path):
+    pixels = chest(65)[:, :63].astype(np.uint8)
+    plain = make(tmp_path / 'plain.dcm', pixels, uid.RLELossless)
+    head = struct.pack('<16L', 1, 64, *[0] * 14)
+    for extra, good in ((1, True), (40, False)):
+        longer = head + rle(np.append(pixels.ravel(), np.zeros(extra, np.uint8)).reshape(1, -1))
+        file = make(tmp_path / f'{extra}.dcm', pixels, uid.RLELossless, data=longer)
+        if good:
+            assert (read_pixels(file)[1] == read_pixels(plain)[1]).all()
+        else:
+            refused(file)
+
+
+def test_padding_value_that_no_pixel_can_hold_blackens_nothing(tmp_path):
+    pixels = np.tile(np.arange(0, 256, 4, np.uint8), (64, 1))
+    pixels[:, -1] = 255
+    file = make(tmp_path / 'a.dcm', pixels, PixelPaddingValue=4095)
+    assert read_dicom(file)[:, -1].min() == 1
+
+
+@pytest.mark.parametrize('shape', ['INVERSE', 'inverse', 'Inverse '])
+def test_code_strings_are_read_however_they_are_written(tmp_path, shape):
+    pixels = chest(64)
+    plain = read_dicom(make(tmp_path / 'a.dcm', pixels, WindowCenter=500, WindowWidth=400, VOILUTFunction='SIGMOID'))
+    other = make(
+        tmp_path / 'b.dcm',
+        pixels,
+        WindowCenter=500,
+        WindowWidth=400,
+        VOILUTFunction='sigmoid',
+        PresentationLUTShape=shape,
+    )
+    assert read_dicom(other) == pytest.approx(1 - plain, abs=1e-6)
+
+
+def test_pipes_devices_and_bombs_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.dcm')
+    start = time.time()
+    for path in (tmp_path / 'pipe.dcm', Path('/dev/zero')):
+        assert refused(path, {'open'}).error == 'not a regular file'
+        assert refused(path, {'open'}, read_radiograph).error == 'not a regular file'
+    bomb = make(tmp_path / 'bomb.dcm', chest(64))
+    head = bytearray(bomb.read_bytes())
+    import zlib
+
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    block = bytes(2**24)
+    stream = b''.join(pack.compress(block) for _ in range(70)) + pack.flush()
+    ds = dcmread(bomb)
+    meta = 144 + ds.file_meta.FileMetaInformationGroupLength
+    old, new = str(ds.file_meta.TransferSyntaxUID).encode(), b'1.2.840.10008.1.2.1.99'
+    at = head.index(old)
+    length = len(new) - len(old.ljust(20, b'\0'))
+    head[at : at + 20] = new
+    head[at - 2 : at] = struct.pack('<H', 22)
+    size = struct.unpack('<L', head[140:144])[0] + length
+    head[140:144] = struct.pack('<L', size)
+    bomb.write_bytes(bytes(head[: meta + length]) + stream)
+    assert bomb.stat().st_size < 2 * 2**20
+    e = refused(bomb, {'header'})
+    assert 'inflates to more than' in e.error and time.time() - start < 30
+
+
+def test_other_pictures_are_named_with_what_helps(tmp_path):
+    for ending, kind in (('tif', 'TIFF'), ('bmp', 'BMP'), ('webp', 'WebP')):
+        file = tmp_path / f'a.{ending}'
+        cv2.imwrite(str(file), chest(64).astype(np.uint8))
+        e = refused(file, {'open'}, read_radiograph)
+        assert kind in e.error and 'PNG' in e.hint
