@@ -660,7 +660,7 @@ def test_damage_is_noticed(tiny, tmp_path):
         f.write(b'\x01\x02\x03')
     assert not open_store(s.path).intact()
     (s.path / 'index.csv').write_text('\n'.join((s.path / 'index.csv').read_text().splitlines()[:5]) + '\n')
-    with pytest.raises(InputError, match='differ in length'):
+    with pytest.raises(InputError, match='not the table that was written'):
         open_store(s.path)
 
 
@@ -694,3 +694,37 @@ def test_the_same_radiographs_as_dicom_give_the_same_store(tmp_path):
     groups = lambda t: pd.factorize(t.group)[0].tolist()
     assert groups(a.index) == groups(b.index)
     assert len(np.unique(a.images.reshape(250, -1), axis=0)) == 250 and (a.index.mask_from == 'boxes').sum() == 98
+
+
+@pytest.mark.parametrize('what', ['flipped byte', 'arrays swapped', 'row of the table', 'no table', 'store.json null'])
+def test_a_damaged_store_is_named_and_made_anew(tiny, tmp_path, capsys, what):
+    "Nothing of it is used, by itself or through another store; the counter-test is that an undamaged one is used."
+    c = tiny
+    a = build_store(c, 32, tmp_path / 'stores' / 'a', workers=0)
+    pixels, digest = a.images[:].copy(), a.digest
+    folder = a.path
+    del a
+    if what == 'flipped byte':
+        with open(folder / 'images.npy', 'r+b') as f:
+            f.seek(500)
+            byte = f.read(1)[0]
+            f.seek(500)
+            f.write(bytes([byte ^ 16]))
+    elif what == 'arrays swapped':
+        (folder / 'images.npy').rename(folder / 'x')
+        (folder / 'masks.npy').rename(folder / 'images.npy')
+        (folder / 'x').rename(folder / 'masks.npy')
+    elif what == 'row of the table':
+        t = (folder / 'index.csv').read_text().splitlines()
+        t[1], t[2] = t[2], t[1]
+        (folder / 'index.csv').write_text('\n'.join(t) + '\n')
+    elif what == 'no table':
+        (folder / 'index.csv').unlink()
+    else:
+        (folder / 'store.json').write_text('null')
+    part = SimpleNamespace(images=c.images.iloc[:4], root=c.root, name='four')
+    b = build_store(part, 32, tmp_path / 'stores' / 'b', workers=0)
+    assert (b.images[:] == pixels[:4]).all() and b.intact()
+    again = build_store(c, 32, tmp_path / 'stores' / 'a', workers=0)
+    assert again.digest == digest and (again.images[:] == pixels).all() and again.intact()
+    assert what not in ('flipped byte', 'arrays swapped') or 'damaged' in capsys.readouterr().out
