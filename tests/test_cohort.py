@@ -25,7 +25,15 @@ from cxrpaper.data.folds import (
     perceptual_hashes,
 )
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
-from cxrpaper.data.readers import HEADINGS, organisers_rule, parse_boxes, parse_label, read_cohort, read_siim
+from cxrpaper.data.readers import (
+    HEADINGS,
+    organisers_rule,
+    parse_boxes,
+    parse_label,
+    read_cohort,
+    read_siim,
+    siim_labels,
+)
 from cxrpaper.runs import InputError, project_root
 from cxrpaper.schema import COLUMNS
 
@@ -760,3 +768,104 @@ def test_values_of_a_table_are_read_however_they_are_written(tmp_path):
         table.write_text(text.replace(before, after, 1))
         message = str(refused(read_cohort, table))
         assert all(w in message for w in words), message
+
+
+# ---- what people bring
+
+
+def lone_table(root, rows, **pictures):  # name -> shape
+    "A table and its pictures, written."
+    for name, shape in pictures.items():
+        file = root / name.replace('__', '/').replace('_dot_', '.')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
+    (root / 'table.csv').write_text(rows, encoding='utf-8')
+    return root / 'table.csv'
+
+
+def test_a_mask_is_never_taken_for_the_radiograph(tmp_path):
+    "images/X.png and masks/X.png share a name: refused with both paths, told apart by the column path."
+    files = dict(images__x_dot_png=(8, 8), masks__x_dot_png=(8, 8))
+    table = lone_table(tmp_path, 'image,patient\nx,1\n', **files)
+    with pytest.raises(InputError, match='images/x.png and masks/x.png'):
+        read_cohort(table, folder=tmp_path)
+    assert read_cohort(table).images.path.tolist() == ['x.png']  # images/ is where radiographs lie
+    named = lone_table(tmp_path, 'image,patient,path\nx,1,images/x.png\n')
+    assert read_cohort(named, folder=tmp_path).images.path.tolist() == ['images/x.png']
+
+
+def test_paths_of_windows_and_endings_of_others(tmp_path):
+    table = lone_table(tmp_path, 'image,patient,path\nx,1,a\\b\\x.png\n', images__a__b__x_dot_png=(8, 8))
+    assert read_cohort(table).images.path.tolist() == ['a/b/x.png']
+    shutil.rmtree(tmp_path / 'images')
+    table = lone_table(tmp_path, 'image,patient\nx,1\n', images__X_dot_png=(8, 8))
+    with pytest.raises(InputError, match='missing'):
+        read_cohort(table)
+
+
+def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
+    table = lone_table(tmp_path, 'image,patient\nx,1\n', images__x_dot_jpg=(8, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / 'images/x.jpg').save(tmp_path / 'images/x.jpg', exif=exif)
+    r = read_cohort(table).images.iloc[0]
+    assert (r.height, r.width) == (12, 8)
+
+
+@pytest.mark.parametrize(
+    'rows, said',
+    [
+        ("image,patient,boxes\nx,1,\"[{'x': .2, 'y': .2, 'width': .5, 'height': .4}]\"\n", 'shares of the image'),
+        (f"image,patient,boxes\nx,1,\"[{{'x': {'9' * 400}, 'y': 1, 'width': 2, 'height': 2}}]\"\n", 'cannot be read'),
+        ('image,patient,patient\nx,1,1\n', 'a column occurs twice'),
+        ('image,patient,height\nx,1,inf\n', 'not a possible value'),
+        ('image,patient,path\nx,1,"images/x.png\ry"\n', 'missing'),
+    ],
+)
+def test_odd_tables_are_refused_by_name(tmp_path, rows, said):
+    table = lone_table(tmp_path, rows, images__x_dot_png=(8, 8))
+    with pytest.raises(InputError, match=said) as e:
+        read_cohort(table)
+    assert 'table.csv' in str(e.value)
+
+
+def test_a_table_in_latin_1_is_named_with_its_remedy(tmp_path):
+    table = lone_table(tmp_path, '', images__x_dot_png=(8, 8))
+    table.write_bytes('image,patient\nx,Müller\n'.encode('latin-1'))
+    with pytest.raises(InputError, match='save it as UTF-8'):
+        read_cohort(table)
+
+
+def test_what_headers_hold_is_plain_text_in_the_cohort(tmp_path):
+    "Markup, Markdown, formulas and line breaks of a table reach no page; the counter-test is a plain name."
+    rows = 'image,patient,source,detector\nx,"=cmd|1",<script>alert(1)</script>,"A|B\nC"\ny,2,north,plain\n'
+    table = lone_table(tmp_path, rows, images__x_dot_png=(8, 8), images__y_dot_png=(8, 9))
+    t = read_cohort(table).images.set_index('image')
+    text = ' '.join(t.loc['x', ['patient', 'source', 'detector']])
+    assert not set('<>|`\n\r') & set(text) and not text.startswith('=')
+    assert t.loc['y', ['patient', 'source', 'detector']].tolist() == ['2', 'north', 'plain']
+
+
+def test_chexpert_in_batches(tmp_path):
+    home = tmp_path / 'CheXpert-v1.0'
+    folder = tmp_path / 'CheXpert-v1.0 batch 2 (train 1)' / 'patient00001' / 'study1'
+    folder.mkdir(parents=True)
+    home.mkdir()
+    cv2.imwrite(str(folder / 'view1_frontal.jpg'), np.zeros((8, 9), np.uint8))
+    head = 'Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding\n'
+    (home / 'train.csv').write_text(
+        head + 'CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg,Male,50,Frontal,AP,1.0\n'
+    )
+    c = read_cohort(home, 'chexpert')
+    assert (c.root / c.images.path[0]).is_file() and c.images.width[0] == 9
+
+
+def test_ids_with_dots_and_dashes_are_ids_of_siim(tmp_path):
+    (tmp_path / 'train_study_level.csv').write_text(
+        'id,Negative for Pneumonia,Typical Appearance,Indeterminate Appearance,Atypical Appearance\n1.2.840-a_study,1,0,0,0\n'
+    )
+    (tmp_path / 'train_image_level.csv').write_text(
+        'id,boxes,label,StudyInstanceUID\n3f2a-77.b_image,,none 1 0 0 1 1,1.2.840-a\n'
+    )
+    table, labels = siim_labels(tmp_path)
+    assert table.image.tolist() == ['3f2a-77.b'] and labels.tolist() == [0]
