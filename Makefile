@@ -81,7 +81,7 @@ $(UV):
 	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 \
 	    || { rm -rf .uv; echo "uv could not be installed: is the Python package index within reach?" >&2; exit 1; }
 
-.venv/installed: requirements.lock setup.py settings.ini $(UV)
+.venv/installed: requirements.lock setup.py settings.ini tests/needs_quarto.sh $(UV)
 	@avail=$$(df -Pk . | awk 'NR==2 {print int($$4/1048576)}'); [ -x .venv/bin/python ] || [ "$$avail" -ge 8 ] || { echo "too little room: $$avail GiB free here, the environment takes about 6 GiB (PyTorch with CUDA)" >&2; exit 1; }
 	@echo "environment 2/4: .venv with Python >= 3.11"
 	@$(UV) venv --quiet --clear --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable if (3, 11) <= sys.version_info < (3, 14) else ">=3.11,<3.14")')" .venv \
@@ -90,4 +90,5 @@ $(UV):
 	@$(UV) pip sync --python .venv --require-hashes requirements.lock
 	@echo "environment 4/4: cxrpaper itself, editable"
 	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@for c in nbdev_docs nbdev_preview nbdev_readme; do cp tests/needs_quarto.sh $(BIN)/$$c; done
 	@touch $@

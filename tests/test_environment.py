@@ -2,8 +2,13 @@
 
 import ast
 import importlib.metadata as md
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -111,3 +116,39 @@ def test_every_import_of_the_package_is_a_direct_requirement():
             assert {canonicalize_name(d) for d in provided[module]} & names, (
                 f'{f.name} imports {module}, which settings.ini does not require'
             )
+
+
+@pytest.mark.parametrize('command', ['nbdev_docs', 'nbdev_preview', 'nbdev_readme'])
+def test_commands_that_would_install_over_the_lock_say_what_they_need(command, tmp_path):
+    path = os.environ['PATH'].split(os.pathsep)
+    without = os.pathsep.join(p for p in path if not (Path(p) / 'quarto').exists())
+    said = subprocess.run(
+        [Path(sys.executable).parent / command],
+        cwd=tmp_path,
+        env=os.environ | dict(PATH=without),
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1 and f'{command} needs Quarto' in said.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_wheel_can_be_made_of_the_source_distribution(tmp_path):
+    "settings.ini, from which setup.py reads everything, travels with it."
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / 'cxrpaper', tree / 'cxrpaper', ignore=shutil.ignore_patterns('__pycache__'))
+    call = lambda *words, at: subprocess.run(
+        [sys.executable, *words], cwd=at, check=True, capture_output=True, text=True
+    )
+    call('setup.py', '-q', 'sdist', at=tree)
+    (archive,) = (tree / 'dist').glob('*.tar.gz')
+    with tarfile.open(archive) as t:
+        t.extractall(tmp_path, filter='data')
+    unpacked = tmp_path / archive.name.removesuffix('.tar.gz')
+    call('setup.py', '-q', 'bdist_wheel', at=unpacked)
+    (wheel,) = (unpacked / 'dist').glob('*.whl')
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+    assert 'cxrpaper/data/dicom.py' in names and any(n.endswith('entry_points.txt') for n in names)
