@@ -43,7 +43,7 @@ def _list_of(rule):
 
     return check
 
-
+# %% ../nbs/appendix/machine/study.ipynb #e34ad29f
 def _name(pattern: str, said: str):
     "Text that may stand in a path and in a shell."
 
@@ -54,7 +54,7 @@ def _name(pattern: str, said: str):
 
     return check
 
-
+# %% ../nbs/appendix/machine/study.ipynb #99fddd7d
 STUDY = dict(
     name=_name(r'\w[\w.-]*', 'letters, digits, dots, dashes and underlines'),
     profile=choice('smoke', 'study'),

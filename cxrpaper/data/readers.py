@@ -627,6 +627,16 @@ def _words(t, values, column, known: dict) -> list:  # known: word in lower case
     refuse(t, ~words.isin(known).values, column, 'not known', f'write one of {listed}, or leave the field empty')
     return [known[w] for w in words]
 
+# %% ../../nbs/appendix/data/readers.ipynb #913df8d7
+def _boxes_in_pixels(t) -> list:
+    "The column `boxes`; InputError where it cannot be read, or holds shares of the image."
+    boxes, problems = zip(*map(_boxes_or_problem, t.boxes))
+    wrong, hint = [p != '' for p in problems], "give a list of {'x':, 'y':, 'width':, 'height':}, or leave it empty"
+    refuse(t, wrong, 'boxes', next(filter(None, problems), ''), hint)
+    parts = [len(b) > 0 and max(map(max, b)) <= 1 for b in boxes]
+    refuse(t, parts, 'boxes', 'no side is longer than a pixel: these are shares of the image', 'give pixels')
+    return list(boxes)
+
 # %% ../../nbs/appendix/data/readers.ipynb #cdf7d0e8
 def _typed(t, facts):  # rows of a plain table, what the files say (same order) -> columns of the study
     "Text into labels, boxes and numbers; what the table leaves open the files answer."
@@ -644,11 +654,7 @@ def _typed(t, facts):  # rows of a plain table, what the files say (same order) 
     if 'label' in t:
         out['label'] = _labels(t)
     if 'boxes' in t:
-        out['boxes'], problems = zip(*map(_boxes_or_problem, t.boxes))
-        wrong, hint = [p != '' for p in problems], "give a list of {'x':, 'y':, 'width':, 'height':}, or leave it empty"
-        refuse(t, wrong, 'boxes', next(filter(None, problems), ''), hint)
-        parts = [len(b) > 0 and max(map(max, b)) <= 1 for b in out.boxes]
-        refuse(t, parts, 'boxes', 'no side is longer than a pixel: these are shares of the image', 'give pixels')
+        out['boxes'] = _boxes_in_pixels(t)
         out['boxes'] = _in_frame(out, t)
     if 'annotated' in t:
         out['annotated'] = _words(t, t.annotated, 'annotated', FLAGS)

@@ -521,15 +521,8 @@ def assemble(
     if bare.any():
         table = table.assign(**{s: np.where(bare, table[f'pixel_{s}'], table[s]) for s in ('height', 'width')})
     write_csv(folder / 'index.csv', table)
-    write_json(
-        folder / 'store.json',
-        info
-        | dict(
-            pixels_sha256=sha.hexdigest(),
-            index_sha256=file_digest(folder / 'index.csv'),
-            columns={c: column_kind(table[c]) for c in table},
-        ),
-    )
+    info = info | dict(pixels_sha256=sha.hexdigest(), index_sha256=file_digest(folder / 'index.csv'))
+    write_json(folder / 'store.json', info | dict(columns={c: column_kind(table[c]) for c in table}))
 
 # %% ../../nbs/appendix/data/store.ipynb #91ea7eeb
 class Store:

@@ -287,13 +287,13 @@ METRICS = [  # (item, weight, yes, no or n/a, where or why)
     ('the model can be had', 0.0075, 'no', 'weights stay with the runs'),
 ]
 
-
+# %% ../../nbs/appendix/paper/reports.ipynb #04f12134
 def metrics_score(items) -> float:  # rows of METRICS with their answers
     "The METRICS score: weight of the items answered yes over that of those that apply."
     weight = lambda *said: sum(w for _, w, a, _ in items if a in said)
     return weight('yes') / weight('yes', 'no')
 
-
+# %% ../../nbs/appendix/paper/reports.ipynb #14971c8b
 PROBAST = [  # (part, domain, judgement, why)
     (
         'development: quality',
@@ -391,7 +391,7 @@ def place(name: str, out) -> str:  # path of a file, seen from the folder `out`;
     found = [f for f in files if f.exists() or (name in REPORTS and f == files[0])]
     return Path(os.path.relpath(found[0], out)).as_posix() if found else ''
 
-
+# %% ../../nbs/appendix/paper/reports.ipynb #680f5dff
 def leads_nowhere(text: str, out) -> list:
     "Pointers to what is not there."
     return [n for n in pointers(text) if not place(n, out)]

@@ -407,7 +407,7 @@ def marker_shifts(
     changed = {k: (v.argmax(1) != q.argmax(1)).astype(float) for k, v in p.items()}
     return shift, changed, frames['image'].group.astype(str).to_numpy()
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #9b9a15c6
 def marker_table(
     parts,  # as for `marker_shifts`
     how: Resampling = DEFAULT,
@@ -430,7 +430,7 @@ def marker_table(
     bare = [['marker', k, v, *percentile_interval(s)[:2], 0.0, np.nan, m, ''] for k, (v, s, m) in bare.items()]
     return pd.concat([rows, foreign, pd.DataFrame(bare, columns=COLUMNS)], ignore_index=True)
 
-
+# %% ../../nbs/appendix/questions/shortcuts.ipynb #203022e7
 def of_the_place(
     verdict: str, value: float, samples, n: int
 ) -> str:  # more than a patch elsewhere, (n_boot,), patients
