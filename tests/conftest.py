@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,6 +22,13 @@ def pytest_addoption(parser):
         help='kill a small study so often while it is made from nothing (tests/test_study.py): takes twice as long as the study',
     )
 
+    parser.addoption(
+        '--fuzz',
+        type=int,
+        default=60,
+        help='damaged inputs for each reader in tests/test_fuzz.py; 20,000 take about an hour',
+    )
+
 
 @pytest.fixture
 def kills(request):
@@ -28,6 +36,10 @@ def kills(request):
 
 
 def pytest_configure(config):
+    settings.register_profile(
+        'here', max_examples=config.getoption('--fuzz'), deadline=None, derandomize=config.getoption('--fuzz') == 60
+    )
+    settings.load_profile('here')
     config.addinivalue_line(
         'markers',
         'serial: depends on how long things take, so that nothing may run beside it; `make test` runs these last, one by one',

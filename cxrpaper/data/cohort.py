@@ -22,7 +22,7 @@ from pydicom.config import disable_value_validation
 from tqdm import tqdm
 
 from .dicom import read_header
-from ..runs import InputError, atomic_dir, digest, resolve, show_path, write_csv, write_json
+from ..runs import InputError, atomic_dir, digest, file_digest, resolve, show_path, write_csv, write_json
 from ..schema import CLASSES, COLUMNS
 
 # %% ../../nbs/01_data.ipynb #cdeceb20
@@ -309,6 +309,7 @@ def save_cohort(
                 name=cohort.name,
                 root=show_path(cohort.root),
                 digest=cohort.digest,
+                table_sha256=file_digest(tmp / 'cohort.csv'),
                 n=n,
                 notes=cohort.notes,
                 folds=sorted(folds),
@@ -324,20 +325,22 @@ def load_cohort(
     folder = resolve(folder)
     try:
         info = json.loads((folder / 'cohort.json').read_text())
-    except (OSError, ValueError):
+        root, name, notes = Path(info['root']), str(info['name']), dict(info['notes'])
+        whole = file_digest(folder / 'cohort.csv') == info['table_sha256']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError('no cohort', file=show_path(folder / 'cohort.json'), hint='run nbs/01_data.ipynb') from None
+    if not whole:
+        problem, hint = 'the table is not the one that was written', 'run nbs/01_data.ipynb again'
+        raise InputError(problem, file=show_path(folder / 'cohort.csv'), hint=hint)
     texts = {k: str for k, v in COLUMNS.items() if isinstance(v, str) or k == 'boxes'} | dict(
         finding=str, lung_mask_path=str
     )
     images = pd.read_csv(folder / 'cohort.csv', dtype=texts, keep_default_na=False, na_values={'age': ['']})
     images['boxes'] = [[tuple(b) for b in json.loads(t)] for t in images.boxes]
-    cohort = Cohort(images, resolve(info['root']), info['name'], info['notes'])
-    if cohort.digest != info['digest']:
-        raise InputError(
-            'the table is not the one that was written',
-            file=show_path(folder / 'cohort.csv'),
-            hint='run nbs/01_data.ipynb again',
-        )
+    cohort = Cohort(images, resolve(root), name, notes)
+    if cohort.digest != info.get('digest'):
+        problem, hint = 'its digest is not that of the table', 'run nbs/01_data.ipynb again'
+        raise InputError(problem, file=show_path(folder / 'cohort.json'), hint=hint)
     return cohort
 
 # %% ../../nbs/01_data.ipynb #a8f15761
