@@ -302,3 +302,15 @@ def test_links_between_pages_lead_somewhere():
     texts = {p: '\n'.join(source(c) for c in cells(json.loads(p.read_text()), 'markdown')) for p in NOTEBOOKS}
     assert not {ids(p): b for p, t in texts.items() if (b := broken_links(p, t))}
     assert broken_links(NBS / 'index.ipynb', '[a](01_data.ipynb#x) [b](nowhere.ipynb)') == ['nowhere.ipynb']
+
+
+def test_every_promise_names_a_test_that_is_there():
+    "tests/README.md: each test it names exists, and each file of tests is named by a promise or tests a page's own numbers."
+    named = re.findall(r'\| (test_\w+)\.py::(test_\w+) \|', (ROOT / 'tests' / 'README.md').read_text())
+    assert len(named) > 40
+    there = {
+        (f.stem, n)
+        for f in (ROOT / 'tests').glob('test_*.py')
+        for n in re.findall(r'(?m)^def (test_\w+)', f.read_text())
+    }
+    assert not set(named) - there, sorted(set(named) - there)
