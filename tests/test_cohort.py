@@ -1,7 +1,9 @@
 "The cohort on the real tables and radiographs, and on small trees with one fault each."
 
+import json
 import shutil
 import warnings
+import zipfile
 
 import cv2
 import numpy as np
@@ -869,3 +871,87 @@ def test_ids_with_dots_and_dashes_are_ids_of_siim(tmp_path):
     )
     table, labels = siim_labels(tmp_path)
     assert table.image.tolist() == ['3f2a-77.b'] and labels.tolist() == [0]
+
+
+# ---- NIH's radiographs as read by the RSNA
+
+
+def rsna_root(
+    root, reads, entry, images
+):  # (rsna id, nih file, class, boxes, mse); rows of NIH's table; files that are there
+    "The tables as they are published, and empty files in the place of radiographs."
+    mapping = [dict(subset_img_id=r, img_id=n, mse=m) for r, n, _, _, m in reads]
+    (root / 'pneumonia-challenge-dataset-mappings_2018.json').write_text(json.dumps(mapping))
+    lines = [(r, *b, 1) for r, _, _, boxes, _ in reads for b in boxes]
+    lines += [(r, '', '', '', '', 0) for r, _, _, boxes, _ in reads if not boxes]
+    head = ['patientId', 'x', 'y', 'width', 'height', 'Target']
+    pd.DataFrame(lines, columns=head).to_csv(root / 'stage_2_train_labels.csv', index=False)
+    classes = pd.DataFrame([(r, c) for r, _, c, _, _ in reads], columns=['patientId', 'class'])
+    classes.to_csv(root / 'stage_2_detailed_class_info.csv', index=False)
+    entry.to_csv(root / 'Data_Entry_2017_v2020.csv', index=False)
+    (root / 'images_001' / 'images').mkdir(parents=True)
+    for name in images:
+        (root / 'images_001' / 'images' / name).touch()
+    return root
+
+
+def nih_rows(names):
+    return pd.DataFrame(
+        {
+            'Image Index': names,
+            'Finding Labels': 'x',
+            'Follow-up #': [n[9:12].lstrip('0') or '0' for n in names],
+            'Patient ID': [n[:8].lstrip('0') for n in names],
+            'Patient Age': 50,
+            'Patient Gender': 'F',
+            'View Position': 'PA',
+        }
+    )
+
+
+def test_rsna_reads_become_surrogate_labels(tmp_path):
+    left, right = (100, 200, 300, 400), (600, 200, 300, 400)
+    names = [f'0000000{k}_000.png' for k in range(1, 9)]
+    opacity, other = 'Lung Opacity', 'No Lung Opacity / Not Normal'
+    reads = [
+        ('a', names[0], 'Normal', [], 1.0),
+        ('b', names[1], opacity, [left, right], 1.0),
+        ('c', names[2], opacity, [right], 1.0),
+        ('d', names[3], other, [], 1.0),
+        ('e', names[4], 'Normal', [], 12.0),  # not the same radiograph
+        ('f', names[5], 'Normal', [], 1.0),
+        ('g', names[5], other, [], 1.0),  # read twice, and differently
+        ('h', names[6], 'Normal', [], 1.0),  # its file is not here
+    ]
+    root = rsna_root(tmp_path, reads, nih_rows(names), [n for n in names if n != names[6]])
+    c = read_cohort(root)
+    assert c.name == 'rsna' and c.images.label.tolist() == [0, 1, 2, 3] and c.images.annotated.all()
+    assert c.images.boxes.map(len).tolist() == [0, 2, 1, 0] and c.images.patient.tolist() == ['1', '2', '3', '4']
+    assert c.notes['surrogate'] and c.notes['read_twice_and_disputed'] == 2
+    every = read_cohort(root, 'rsna_all')
+    assert every.images.label.tolist() == [0, 1, 2, 3, -1, -1, -1] and every.images.annotated.sum() == 4
+    (root / 'stage_2_detailed_class_info.csv').write_text('patientId,class\na,Healthy\n')
+    assert 'line 2, column class' in str(refused(read_cohort, root))
+    (root / 'pneumonia-challenge-dataset-mappings_2018.json').write_text('{"a": 1}')
+    assert 'not a list of matches' in str(refused(read_cohort, root))
+
+
+def test_the_published_tables_of_the_rsna(tmp_path):
+    "All reads, from the tables as published; the first archive has the numbers that are known of it."
+    folder = project_root().parent / 'shared' / 'data' / 'rsna_nih'
+    if not folder.is_dir():
+        pytest.skip('the tables of the RSNA are not on this machine')
+    want = pd.read_csv(folder / 'rsna_nih.csv.gz')
+    entry = pd.read_csv(folder / 'Data_Entry_2017_v2020.csv.gz', dtype=str)
+    reads = list(zip(want.rsna_id, want.nih_image, want.rsna_class, map(json.loads, want.boxes), want.mse))
+    root = rsna_root(tmp_path, reads, entry, want.nih_image)
+    shutil.copyfile(folder / 'kaggle_stage_2_train_labels.csv.zip', tmp_path / 'labels.zip')
+    with zipfile.ZipFile(tmp_path / 'labels.zip') as z:
+        (root / 'stage_2_train_labels.csv').write_bytes(z.read('stage_2_train_labels.csv'))
+    c = read_cohort(root, 'rsna').images
+    same = want[want.mse < 10]
+    assert same.nih_image.nunique() == 26_585 and len(c) in (26_584, 26_585)
+    assert (c.boxes.map(len) > 0).sum() in (5_996, 5_997) and c.patient.nunique() in (11_409, 11_410)
+    first = c[c.image.isin(entry['Image Index'][:4_999].str.removesuffix('.png'))]
+    assert len(first) == 1_172 and first.patient.nunique() == 514 and first.boxes.map(len).sum() == 402
+    assert first.label.value_counts().sort_index().tolist() == [353, 136, 119, 564]
