@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'TRIPOD', 'METRICS', 'PROBAST', 'MODEL_CARD', 'DATASHEET', 'REPORTS', 'POINTER', 'one', 'gather',
-           'metrics_score', 'source_of', 'pointers', 'place', 'leads_nowhere', 'linked', 'filled', 'kinds',
+           'metrics_score', 'source_of', 'pointers', 'place', 'leads_nowhere', 'linked', 'filled', 'kinds', 'not_asked',
            'write_report', 'checklist', 'metrics_report', 'probast_report']
 
 # %% ../../nbs/appendix/paper/reports.ipynb #854d94e5
@@ -420,9 +420,16 @@ def kinds(t: pd.DataFrame) -> dict:  # from `filled` -> artefact, sentence, not 
         'not done': int(undone.sum()),
     }
 
+# %% ../../nbs/appendix/paper/reports.ipynb #9c86db47
+def not_asked(study: dict) -> list:  # names
+    "The tables that a study does not ask for: no report of it can point at them."
+    return [t for t in ('table2', 'table3', 'table4', 'table6') if not study[t]]
+
 # %% ../../nbs/appendix/paper/reports.ipynb #8f5f8b04
 def write_report(name, text, study, out='figures'):
     "Write a report as markdown, with its json of provenance; InputError where it points at nothing."
+    for name_of in not_asked(study):
+        text = re.sub(rf'\b{name_of}\b', f'{name_of[:-1]} {name_of[-1]} (not part of this study)', text)
     if gone := leads_nowhere(text, out):
         raise InputError(
             f'points at {", ".join(gone)}',

@@ -496,15 +496,15 @@ def class_calibration(
     how: Resampling = Resampling(1000),
     leaky: bool = False,
 ) -> pd.DataFrame:  # class, expected, observed, ratio, lo, hi, slope, slope_lo, slope_hi, ici, ici_lo, ici_hi, n (with the class), n_units
-    "Calibration in the large, slope and integrated calibration index of each class."
+    "Calibration in the large (intervals hold for the four classes together), slope and integrated calibration index of each class."
     c = read_cases(df, how.unit, leaky=leaky)
-    few, rows = replace(how, n_boot=min(how.n_boot, 100)), []
+    few, together, rows = replace(how, n_boot=min(how.n_boot, 100)), replace(how, level=1 - (1 - how.level) / 4), []
     drawn = [np.concatenate(list(h.weights(c.n_units)), 1)[c.unit] for h in (how, few)]
     for k, name in enumerate(CLASSES):
         y, p = c.y == k, c.p[:, k]
         with np.errstate(divide='ignore', invalid='ignore'):
             samples = (p @ drawn[0]) / (y @ drawn[0])
-        ratio = dict(zip(('lo', 'hi'), how.interval(np.where(np.isfinite(samples), samples, np.nan))))
+        ratio = dict(zip(('lo', 'hi'), together.interval(np.where(np.isfinite(samples), samples, np.nan))))
         slope = dict(zip(('slope', 'slope_lo', 'slope_hi'), calibration_slope(y, p, c.unit)))
         ici = dict(ici=calibration_index(y, p, np.ones((len(y), 1)))[0])
         ici |= dict(zip(('ici_lo', 'ici_hi'), how.interval(calibration_index(y, p, drawn[1]))))
@@ -543,12 +543,18 @@ def calibration_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #3a9c1fee
 def calibration_rule(p):
-    "Passed if, after scaling (a factor and an addend for each class in folds with ten images of each, a temperature in the others), the debiased error of the predicted class is at most .05 and the mean probability of each class within .8 to 1.25 times its share, all by their limits (TRIPOD+AI 12e). Reads `calibration`: scaling, of, rms, lo, hi; `by_class`: scaling, class, ratio, lo, hi."
+    "Passed if, after scaling (a factor and an addend for each class in folds with ten images of each, a temperature in the others), the debiased error of the predicted class is at most .05 and the mean probability of each class within .8 to 1.25 times its share, all by their limits, together over the classes; of a class with fewer than ten patients nothing is said (TRIPOD+AI 12e). Reads `calibration`: scaling, of, rms, lo, hi; `by_class`: scaling, class, ratio, lo, hi, n_units."
     d, c = (p[k][p[k].scaling == 'best'] for k in ('calibration', 'by_class'))
     r, off = d[d.of == 'top'].iloc[0], c.loc[np.log(c.ratio).abs().idxmax()]
     top = 'passed' if r.hi <= 0.05 else 'not passed' if r.lo > 0.05 else 'inconclusive'
     within = lambda x: (
-        'passed' if x.lo >= 0.8 and x.hi <= 1.25 else 'not passed' if x.lo > 1.25 or x.hi < 0.8 else 'inconclusive'
+        'inconclusive'
+        if x.n_units < 10
+        else 'passed'
+        if x.lo >= 0.8 and x.hi <= 1.25
+        else 'not passed'
+        if x.lo > 1.25 or x.hi < 0.8
+        else 'inconclusive'
     )
     said = f'after scaling: error of the predicted class {r.rms:.3f} ({r.lo:.3f} to {r.hi:.3f})'
     said += f'; mean probability over share, {off["class"]} {off.ratio:.2f} ({off.lo:.2f} to {off.hi:.2f})'
