@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AGAIN', 'PIXEL_TAGS', 'PICTURES', 'MOST_INFLATED', 'REQUIRED', 'GUESS', 'NATIVE', 'PLUGINS', 'INSTALL', 'SAME',
            'STDERR', 'ORIENTATION', 'DicomError', 'stage', 'check_regular', 'read_header', 'codecs', 'read_pixels',
-           'padding', 'modality_lut', 'to_unit', 'window', 'voi_lut', 'inverted', 'to_gray', 'read_dicom', 'upright',
-           'read_radiograph', 'each_file', 'verify_tree']
+           'padding', 'modality_lut', 'to_unit', 'window', 'voi_lut', 'inverted', 'to_gray', 'read_dicom',
+           'orientation', 'upright', 'read_radiograph', 'each_file', 'verify_tree']
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d5af1be7
 import io
@@ -682,13 +682,23 @@ ORIENTATION = {
 }  # EXIF: quarter turns to the left, then mirrored
 
 
+def orientation(picture: Image.Image) -> int:  # opened, not decoded -> 1 to 8
+    "The EXIF orientation of a picture, 1 (as stored) where it states none that can be read."
+    exif = Image.Exif()
+    try:
+        exif.load(picture.info.get('exif', b''))
+        return int(exif.get(0x0112, 1))
+    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
+        return 1
+
+
 def upright(pixels, data: bytes):  # (H,W) or (H,W,C) as stored; the file
     "The picture as its EXIF orientation says that it is to be seen."
-    turns, mirrored = ORIENTATION.get(Image.open(io.BytesIO(data)).getexif().get(0x0112), (0, 0))
+    turns, mirrored = ORIENTATION.get(orientation(Image.open(io.BytesIO(data))), (0, 0))
     pixels = np.rot90(pixels, turns)
     return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
 
-
+# %% ../../nbs/appendix/data/dicom.ipynb #466cdade
 def _read_picture(path, data):  # bytes of a PNG or JPEG -> (H,W) integers
     "Gray values of a PNG or JPEG file, upright; a color file is turned to luminance."
     with stage('decode', path, AGAIN):

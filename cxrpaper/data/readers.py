@@ -42,7 +42,7 @@ from cxrpaper.data.cohort import (
     refuse,
     require_columns,
 )
-from .dicom import check_regular
+from .dicom import check_regular, orientation
 from ..runs import InputError, resolve, show_path
 from ..schema import CLASSES, COLUMNS
 
@@ -585,7 +585,7 @@ def picture_size(
     "The size of a picture as it is to be seen, from its header alone."
     try:
         with Image.open(path) as f:
-            turned = f.getexif().get(0x0112) in (5, 6, 7, 8)
+            turned = orientation(f) > 4
             return (f.width, f.height) if turned else (f.height, f.width)
     except OSError as e:
         raise InputError(f'not a picture ({type(e).__name__})', file=show_path(path), hint='restore the file') from None
