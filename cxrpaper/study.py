@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'CORPUS', 'phantom_root', 'checked', 'also', 'backbone_title', 'row_title', 'pretrain_title', 'StudyLoader',
-           'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows', 'row_keys',
+           'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows', 'notebook_defaults',
            'check_rows', 'check_tables', 'check_readiness', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run',
            'row_params', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
@@ -13,6 +13,7 @@ import ast
 import difflib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -236,16 +237,18 @@ def all_rows(study) -> list:  # rows of every table
     ]
 
 # %% ../nbs/appendix/machine/study.ipynb #19acb483
-def row_keys() -> set:
-    "What a row may set: the parameters of 04_finetune, as its notebook names them."
-    cells = json.loads(notebook_of('training.finetune').read_text(encoding='utf-8'))['cells']
+@cache
+def notebook_defaults(kind: str) -> dict:  # such as 'finetune': the module training.<kind>
+    "The parameters cell of its notebook: name -> default."
+    cells = json.loads(notebook_of(f'training.{kind}').read_text(encoding='utf-8'))['cells']
     source = next(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ()))
-    return {node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)}
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: ast.literal_eval(node.value) for node in nodes}
 
 
 def check_rows(study, file):
     "InputError for a row that sets what is no parameter, or whose runs could not be named."
-    known = row_keys()
+    known = set(notebook_defaults('finetune'))
     tables = {t: study[t] for t in ('table2', 'table3', 'table4')}
     tables |= {'table6: rows': (study['table6'] or dict(rows=[]))['rows'], 'readiness: rows': evaluated_rows(study)}
     for table, rows in tables.items():

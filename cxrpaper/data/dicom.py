@@ -223,11 +223,13 @@ def _syntax(ds, fits: bool, path):  # fits: the pixel data have the size of unco
 
 # %% ../../nbs/appendix/data/dicom.ipynb #4eb4bd17
 def _only_padding(path, start: int, length: int) -> bool:
-    "Is what follows the image one byte, repeated, and less than a part in a hundred of a megabyte?"
+    "Is what follows the image one byte, repeated 10,000 times at most?"
+    if length > 10_000:
+        return False
     with open(path, 'rb') as f:
         f.seek(start)
         rest = f.read(length)
-    return length <= 10_000 and len(rest) == length and len(set(rest)) == 1
+    return len(rest) == length and len(set(rest)) == 1
 
 # %% ../../nbs/appendix/data/dicom.ipynb #7539cfa1
 def _check_pixel_data(ds, pixels, path):
@@ -321,12 +323,18 @@ def _check_codec(ds, path):  # -> name of the decoder
         raise bad(f'transfer syntax {syntax.name} is not read', 'convert it with `gdcmconv --raw`')
     return plugin
 
-# %% ../../nbs/appendix/data/dicom.ipynb #765d8836
-def _jpeg_frame(data: bytes):  # a JPEG or JPEG-LS stream -> (rows, columns, components)
-    "Size as the stream states it; ValueError where it is damaged or cut off."
+# %% ../../nbs/appendix/data/dicom.ipynb #7e624348
+def _frame_header(data: bytes) -> int:  # a JPEG or JPEG-LS stream -> where its frame header starts, or what is damaged
+    "Walk the markers up to the start of the frame."
     at = 2
     while data[at] == 0xFF and (data[at + 1] not in (*range(0xC0, 0xD0), 0xF7) or data[at + 1] in (0xC4, 0xC8, 0xCC)):
         at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
+    return at
+
+# %% ../../nbs/appendix/data/dicom.ipynb #765d8836
+def _jpeg_frame(data: bytes):  # a JPEG or JPEG-LS stream -> (rows, columns, components)
+    "Size as the stream states it; ValueError where it is damaged or cut off."
+    at = _frame_header(data)
     if data[at] != 0xFF:
         raise ValueError('a marker of the compressed stream is damaged')
     if data.rfind(b'\xff\xd9') <= data.rfind(b'\xff\xda'):
@@ -375,10 +383,7 @@ def _is_signed(data: bytes) -> bool:
 
 def _stream_bits(data: bytes) -> int:
     "Bits of a sample, as a JPEG or JPEG-LS stream states it."
-    at = 2
-    while data[at + 1] not in (*range(0xC0, 0xD0), 0xF7) or data[at + 1] in (0xC4, 0xC8, 0xCC):
-        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
-    return data[at + 4]
+    return data[_frame_header(data) + 4]
 
 # %% ../../nbs/appendix/data/dicom.ipynb #61c76f8d
 def _check_stream(data, ds, path=None):

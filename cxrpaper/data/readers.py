@@ -392,6 +392,14 @@ CHESTXRAY14 = (
     'View Position',
 )
 
+# %% ../../nbs/appendix/data/readers.ipynb #859eab99
+def _nih_table(root) -> tuple:  # rows of Data_Entry_2017*.csv; file name -> path of every radiograph that is here
+    "What NIH publishes: its table, and the files of whichever archives there are."
+    t = read_rows(next(iter(sorted(root.glob('Data_Entry_2017*.csv'))), root / 'Data_Entry_2017.csv'))
+    require_columns(t, CHESTXRAY14)
+    refuse(t, t['Image Index'].duplicated(), 'Image Index', 'the image occurs twice', 'keep one row per image')
+    return t, {f.name: f.relative_to(root).as_posix() for f in sorted(root.glob('images*/**/*.png'))}
+
 # %% ../../nbs/appendix/data/readers.ipynb #87e64a91
 def _about_nih(t) -> dict:  # rows of Data_Entry_2017*.csv
     "What NIH says of each radiograph: id, study, patient, view, sex, age, finding; all are of 1024 x 1024 pixels."
@@ -414,11 +422,7 @@ def read_chestxray14(
 ) -> Cohort:  # unlabelled
     "NIH ChestX-ray14, with the patient of every radiograph and the boxes of its opacities."
     root = resolve(root)
-    entry = next(iter(sorted(root.glob('Data_Entry_2017*.csv'))), root / 'Data_Entry_2017.csv')
-    t = read_rows(entry)
-    require_columns(t, CHESTXRAY14)
-    refuse(t, t['Image Index'].duplicated(), 'Image Index', 'the image occurs twice', 'keep one row per image')
-    files = {f.name: f.relative_to(root).as_posix() for f in sorted(root.glob('images*/**/*.png'))}
+    t, files = _nih_table(root)
     paths = [files.get(n, f'images/{n}') for n in t['Image Index']]
     require_files(root, paths, t)
     drawn = root / 'BBox_List_2017.csv'
@@ -525,12 +529,8 @@ def read_rsna(
 ) -> Cohort:
     "The radiographs of ChestX-ray14 that are there, of whichever archives, with the reads of the RSNA as surrogate labels."
     root = resolve(root)
-    entry = next(iter(sorted(root.glob('Data_Entry_2017*.csv'))), root / 'Data_Entry_2017_v2020.csv')
-    t = read_rows(entry)
-    require_columns(t, CHESTXRAY14)
-    refuse(t, t['Image Index'].duplicated(), 'Image Index', 'the image occurs twice', 'keep one row per image')
+    t, files = _nih_table(root)
     by_image, disputed = rsna_by_image(root)
-    files = {f.name: f.relative_to(root).as_posix() for f in sorted(root.glob('images*/**/*.png'))}
     here = t['Image Index'].isin(files) & (unread | t['Image Index'].isin(by_image.index))
     if not here.any():
         raise InputError(

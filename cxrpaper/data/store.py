@@ -458,16 +458,13 @@ def finished_rows(
             store = open_store(file.parent)
         except InputError:
             continue
-        if not store.index.key.isin(wanted).any() or (
-            store.px,
-            store.info.get('geometry'),
-            store.info.get('libraries'),
-        ) != (px, GEOMETRY, libraries()):
+        t = store.index[store.index.key.isin(wanted)]
+        made = store.px, store.info.get('geometry'), store.info.get('libraries')
+        if t.empty or made != (px, GEOMETRY, libraries()):
             continue
         if not store.intact():
             print(f'{show_path(store.path)} is damaged; nothing of it is used', flush=True)
             continue
-        t = store.index[store.index.key.isin(wanted)]
         found |= {k: (store.path, i, h, w) for k, i, h, w in zip(t.key, t.index, t.pixel_height, t.pixel_width)}
     return found
 
@@ -650,10 +647,11 @@ def is_store(out: Path, info: dict) -> bool:
         store = open_store(out)
     except InputError:
         return False
-    if store.digest == info['digest'] and not store.intact():
-        print(f'{show_path(out)} is damaged: its images are decoded anew', flush=True)
+    if store.digest != info['digest']:
         return False
-    return store.digest == info['digest']
+    if not (whole := store.intact()):
+        print(f'{show_path(out)} is damaged: its images are decoded anew', flush=True)
+    return whole
 
 # %% ../../nbs/appendix/data/store.ipynb #3dae4837
 def build_into(

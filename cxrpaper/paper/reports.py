@@ -399,7 +399,7 @@ def leads_nowhere(text: str, out) -> list:
 
 def linked(text: str, out) -> str:
     "The text with every pointer as a link."
-    return re.sub(POINTER, lambda m: f'[{m[0]}]({place(m[0], out)})' if place(m[0], out) else m[0], text)
+    return re.sub(POINTER, lambda m: f'[{m[0]}]({at})' if (at := place(m[0], out)) else m[0], text)
 
 
 def filled(items, facts) -> pd.DataFrame:  # rows of a checklist -> item, what, answer
@@ -448,12 +448,17 @@ def write_report(name, text, study, out='figures'):
         code='paper.reports',
     )
 
+# %% ../../nbs/appendix/paper/reports.ipynb #b262bf95
+def _with_table(text, t: pd.DataFrame, facts) -> str:  # markdown
+    "A heading and a sentence, the stamp of the study, and the table."
+    return f"{text}{facts['stamp']}\n\n{t.to_markdown(index=False, disable_numparse=True)}\n"
+
 # %% ../../nbs/appendix/paper/reports.ipynb #7d5f9388
 def checklist(title, items, facts) -> str:  # markdown
     "A checklist as a table, with how many of its items are answered by what."
     t = filled(items, facts)
     how = ', '.join(f'{n} {k}' for k, n in kinds(t).items())
-    return f"# {title}\n{len(t)} items: {how}.{facts['stamp']}\n\n{t.to_markdown(index=False, disable_numparse=True)}\n"
+    return _with_table(f'# {title}\n{len(t)} items: {how}.', t, facts)
 
 
 def metrics_report(facts) -> str:  # markdown
@@ -463,11 +468,11 @@ def metrics_report(facts) -> str:  # markdown
     t.insert(0, 'no.', range(1, len(t) + 1))
     n = ', '.join(f'{(t.answer == k).sum()} {k}' for k in ('yes', 'no', 'n/a'))
     text = f'# METRICS (Kocak et al. 2024)\nScore {metrics_score(rows):.0%}; {n}. Answered by those who made the model.'
-    return f"{text}{facts['stamp']}\n\n{t.to_markdown(index=False, disable_numparse=True)}\n"
+    return _with_table(text, t, facts)
 
 
 def probast_report(facts) -> str:  # markdown
     "PROBAST+AI by domain."
     t = pd.DataFrame(PROBAST, columns=['part', 'domain', 'judgement', 'why'])
     text = '# PROBAST+AI (Moons et al. 2025)\nBy domain; the 34 signalling questions stand in doi:10.1136/bmj-2024-082505. Judged by those who made the model.'
-    return f"{text}{facts['stamp']}\n\n{t.to_markdown(index=False, disable_numparse=True)}\n"
+    return _with_table(text, t, facts)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'FORMS', 'GRID', 'Decision', 'DECISIONS', 'PREVALENCES', 'COSTS', 'TOO_FEW_TO_CALIBRATE', 'decision_rows',
-           'outcome', 'resampled', 'threshold_at', 'counts_at', 'Threshold', 'fold_pairs', 'operating_samples',
-           'operating_points', 'net_benefit', 'decision_curve', 'draw_decision_curve', 'moved_prevalence',
-           'decision_benefit', 'decision_costs', 'errors_kept', 'aurc', 'mistakes', 'augrc', 'selective_summary',
-           'risk_at', 'risk_coverage', 'confidence_for', 'risk_limit', 'guaranteed_confidence', 'referral',
-           'draw_risk_coverage', 'conformal_sets', 'needed_to_calibrate', 'set_coverage', 'predictive_values',
-           'predictive_value_curve', 'draw_predictive_values', 'check_priors', 'estimate_priors', 'class_shares',
-           'decisions_part', 'sensitivity_rule', 'benefit_rule', 'referral_rule', 'figure_use']
+           'test_rows', 'outcome', 'resampled', 'threshold_at', 'counts_at', 'Threshold', 'fold_pairs',
+           'operating_samples', 'operating_points', 'net_benefit', 'decision_curve', 'draw_decision_curve',
+           'moved_prevalence', 'decision_benefit', 'decision_costs', 'errors_kept', 'aurc', 'mistakes', 'augrc',
+           'selective_summary', 'risk_at', 'risk_coverage', 'confidence_for', 'risk_limit', 'guaranteed_confidence',
+           'referral', 'draw_risk_coverage', 'conformal_sets', 'needed_to_calibrate', 'set_coverage',
+           'predictive_values', 'predictive_value_curve', 'draw_predictive_values', 'check_priors', 'estimate_priors',
+           'class_shares', 'decisions_part', 'sensitivity_rule', 'benefit_rule', 'referral_rule', 'figure_use']
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #8f4ff31e
 import itertools
@@ -69,6 +69,11 @@ def decision_rows(
             hint='give frames with the rows of the test fold',
         )
     return df[df.split.isin(('val', 'test'))].reset_index(drop=True)
+
+
+def test_rows(df: pd.DataFrame) -> pd.DataFrame:  # predictions
+    "The rows of the test folds, numbered from 0."
+    return df[df.split == 'test'].reset_index(drop=True)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #9805ae18
 def outcome(
@@ -299,7 +304,7 @@ def decision_curve(
 ) -> pd.DataFrame:  # target, t, model, lo, hi, all, all_lo, all_hi, gain, gain_lo, gain_hi: gain over the better of all and none, from the same resamples
     "Net benefit of the test rows against threshold probability, with pointwise patient-bootstrap bands."
     df = decision_rows(frames, leaky)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     positive, p = outcome(df, target, column)
 
     def curves(w):
@@ -363,7 +368,7 @@ def decision_benefit(
 ):  # decision, target, t, because, prevalence, as_tested, benefit, lo, hi, standardised, gain, gain_lo, gain_hi
     "Net benefit of each decision at each prevalence of any opacity; gain over the better of treating all and none."
     df = decision_rows(frames)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     y, p, rows = df.label.to_numpy(int), probabilities(df), []
     for d, q in itertools.product(decisions, (None, *prevalences)):
         positive = outcome(df, d.target)[0]
@@ -399,7 +404,7 @@ def decision_costs(
         hint = 'give four rows of four costs from 0, 0 on the diagonal'
         raise InputError(f'{np.asarray(costs).tolist()} are no costs', field='costs', hint=hint)
     df = decision_rows(frames)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     y, p = df.label.to_numpy(int), probabilities(df)
     answers = np.stack([(p @ costs).argmin(1), p.argmax(1), *(np.full(len(y), k) for k in range(len(CLASSES)))])
     each = costs[y, answers]  # (6,N)
@@ -464,7 +469,7 @@ def selective_summary(
 ) -> pd.DataFrame:  # metric, value, lo, hi, n_boot, n, n_units
     "Risk at full coverage, AURC, the oracle's, E-AURC and its share of chance, AUGRC, on the test rows."
     df = decision_rows(frames, leaky)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: np.vstack([aurc(wrong, conf, w), augrc(wrong, conf, w)]), how)
     names = ['risk', 'aurc', 'aurc_oracle', 'e_aurc', 'e_aurc_of_chance', 'augrc']
@@ -493,7 +498,7 @@ def risk_coverage(
             hint='give shares of the images, for example np.linspace(.05, 1, 96)',
         )
     df = decision_rows(frames, leaky)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: risk_at(*errors_kept(wrong, conf, w), coverage), how)
     lo, hi, _ = _interval(samples, how.level)
@@ -743,7 +748,7 @@ def class_shares(
 ) -> pd.DataFrame:  # class, value, lo, hi, n_boot, counted (the share by label)
     "Shares of the classes in the test rows, estimated without their labels, beside those counted."
     df = decision_rows(frames, leaky)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(df)
     p = probabilities(df) if columns is None else np.stack([_column(df, c, 0, 1) for c in columns], 1)
     rows = _rows(list(CLASSES), *resampled(df, lambda w: estimate_priors(p, old, w), how), how.level)
     return rows.rename(columns=dict(metric='class')).assign(

@@ -23,7 +23,6 @@ from cleanlab.filter import find_label_issues
 from scipy import stats
 from tqdm import tqdm
 
-from ..data.cohort import read_rows, refuse
 from ..evaluation.comparisons import agreement_ceiling, panel_ceiling
 from cxrpaper.evaluation.metrics import (
     Resampling,
@@ -38,7 +37,7 @@ from cxrpaper.evaluation.metrics import (
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
 from .calibration import SHARES, fit_best, scale_folds, simulate_run
-from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, worst
+from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, read_classes, worst
 from ..runs import InputError, resolve, rng
 from ..schema import CLASSES, LOGITS
 
@@ -340,9 +339,9 @@ def label_noise(
     flags = lambda y, p: int(count_flags(y[:, None], p)[0])
     image, y, p, of = noise_cases(frames, unit, leaky)
     seen = flags(y, p)
-    drawn = [noise_cases(f, unit, leaky) for f in redrawn(frames, n_draws, seed, unit, leaky)]
-    null = np.array([flags(d[1], d[2]) for d in drawn])
-    tenth = np.array([flags(tenth_wrong(d[1], d[3], seed, k), d[2]) for k, d in enumerate(drawn)])
+    both = lambda k, y, p, of: (flags(y, p), flags(tenth_wrong(y, of, seed, k), p))
+    draws = enumerate(redrawn(frames, n_draws, seed, unit, leaky))
+    null, tenth = np.array([both(k, *noise_cases(f, unit, leaky)[1:]) for k, f in draws]).T
     lo, hi, _ = percentile_interval(null / len(y), level)
     least = min(len(np.unique(of[y == k])) for k in range(len(CLASSES)))
     above = (1 + (null >= seen).sum()) / (n_draws + 1)
@@ -639,11 +638,8 @@ def reread_labels(s: Subject) -> tuple:  # predictions; were their validation la
     file = s.study['readiness'].get('reread')
     if file is None:
         return s.both, False
-    read = read_rows(resolve(file), ('image', 'label'))
-    refuse(read, ~read.label.isin(CLASSES), 'label', 'not a class', f'the classes are {", ".join(CLASSES)}')
-    strange = ~read.image.isin(s.both.image)
-    refuse(read, strange, 'image', 'not an image of the evaluated folds', 'draw them with cxr_reread')
-    return with_reread(s.both, read.assign(label=read.label.map(CLASSES.index))), True
+    strange = 'not an image of the evaluated folds', 'draw them with cxr_reread'
+    return with_reread(s.both, read_classes(file, ('image', 'label'), s.both.image, strange)), True
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #2be7c871
 def difficulty_part(s: Subject) -> dict:

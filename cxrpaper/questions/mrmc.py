@@ -6,17 +6,15 @@
 __all__ = ['MERITS', 'read_readings', 'reader_differences', 'mrmc', 'against_own_readers', 'readers_part', 'readers_rule']
 
 # %% ../../nbs/appendix/questions/mrmc.ipynb #a3b4954e
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..data.cohort import read_rows, refuse
+from ..data.cohort import refuse
 from ..evaluation.metrics import DEFAULT, Resampling, check_predictions
-from .subject import Subject, above
-from ..runs import InputError, resolve, rng
-from ..schema import CLASSES
+from .subject import Subject, above, read_classes
+from ..runs import InputError
+from ..schema import LOGITS
 
 # %% ../../nbs/appendix/questions/mrmc.ipynb #40015265
 def read_readings(
@@ -24,16 +22,14 @@ def read_readings(
     df: pd.DataFrame,  # predictions; the test rows count
 ) -> pd.DataFrame:  # image, reader, answer (class number): one row for each reading
     "The readings of the test images; InputError that names the line."
-    read = read_rows(resolve(file), ('image', 'reader', 'label'))
-    refuse(read, ~read.label.isin(CLASSES), 'label', 'not a class', f'the classes are {", ".join(CLASSES)}')
-    strange = ~read.image.isin(df.image[df.split == 'test'])
-    refuse(read, strange, 'image', 'not a test image of the evaluated folds', 'give readings of the test images only')
+    strange = 'not a test image of the evaluated folds', 'give readings of the test images only'
+    read = read_classes(file, ('image', 'reader', 'label'), df.image[df.split == 'test'], strange)
     hint = 'keep the first reading of each reader'
     refuse(read, read.duplicated(['image', 'reader']), 'image', 'read twice by one reader', hint)
     if read.reader.nunique() < 2:
         hint = 'with one reader nothing can be said of another one'
         raise InputError('fewer than two readers', file=read.attrs['file'], field='column reader', hint=hint)
-    return read.assign(answer=read.label.map(CLASSES.index))[['image', 'reader', 'answer']]
+    return read.rename(columns=dict(label='answer'))[['image', 'reader', 'answer']]
 
 # %% ../../nbs/appendix/questions/mrmc.ipynb #29b85040
 MERITS = dict(
@@ -52,7 +48,7 @@ def reader_differences(
     "Model minus reader on the images that the reader has read, for each reader on the same resampled patients."
     test = df[df.split == 'test'].set_index('image')
     unit = pd.Series(pd.factorize(test[how.unit].astype(str))[0], test.index)
-    mine = pd.Series(test[[c for c in test if c.startswith('logit_')]].to_numpy().argmax(1), test.index)
+    mine = pd.Series(test[LOGITS].to_numpy().argmax(1), test.index)
     weights = np.concatenate(list(how.weights(int(unit.max()) + 1)), 1)
     out = []
     for _, r in readings.groupby('reader'):

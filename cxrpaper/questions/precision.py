@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..evaluation.metrics import DEFAULT, Resampling, check_predictions, evaluate, probabilities
 from .calibration import calibration_slope
-from .decisions import DECISIONS, decision_benefit
+from .decisions import DECISIONS, decision_benefit, test_rows
 from .subject import Subject
 
 # %% ../../nbs/appendix/questions/precision.ipynb #e35ecab9
@@ -29,8 +29,8 @@ def half_widths(
 ) -> dict:  # metric -> value, half the width of its interval
     "Macro AUC, calibration slope of any opacity, and net benefit, each with half of its interval."
     auc = evaluate(df, how, metrics=['auc_macro']).iloc[0]
-    unit = df[how.unit].astype(str) if how.unit != 'image' else np.arange(len(df)).astype(str)
-    slope, lo, hi = calibration_slope(df.label.to_numpy() > 0, 1 - probabilities(df)[:, 0], pd.factorize(unit)[0])
+    unit = pd.factorize(df[how.unit])[0]
+    slope, lo, hi = calibration_slope(df.label.to_numpy() > 0, 1 - probabilities(df)[:, 0], unit)
     scale = stats.norm.ppf((1 + how.level) / 2) / 1.96
     gain = decision_benefit(df, DECISIONS[1:2], (), how).iloc[0]
     return {
@@ -46,8 +46,7 @@ def patients_needed(
     how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # metric, value, half, design_effect, wanted, patients (NaN where there is no interval), n, n_units
     "How many patients of this kind make each interval as narrow as wanted."
-    df = check_predictions(df)
-    df = df[df.split == 'test'].reset_index(drop=True)
+    df = test_rows(check_predictions(df))
     by_patient, by_image = (half_widths(df, replace(how, unit=u)) for u in (how.unit, 'image'))
     n, rows = df[how.unit].nunique(), []
     for w in wanted:

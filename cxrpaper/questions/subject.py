@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tested', 'FOUND', 'NOT_FOUND', 'TOO_FEW', 'ANSWERS', 'tested_models', 'Subject', 'subject', 'above', 'worst',
-           'Question']
+           'read_classes', 'Question']
 
 # %% ../../nbs/appendix/questions/subject.ipynb #e9bb17bc
 from collections import namedtuple
@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.cohort import load_cohort
+from ..data.cohort import load_cohort, read_rows, refuse
 from ..data.store import build_store
 from ..evaluation.metrics import Resampling, pool_folds
 from ..evaluation.predictions import fold_frames
 from ..runs import InputError, load_run, resolve, show_path
+from ..schema import CLASSES
 from ..study import evaluated_rows, row_runs
 from ..training.finetune import LOSSES, load_model
 from ..training.loop import Batches
@@ -121,6 +122,19 @@ def above(value, lo, hi, bar) -> str:  # an estimate with its interval, and what
 def worst(answers) -> str:
     "The answer to several questions at once: the last of passed, inconclusive, not done, not passed that occurs."
     return max(answers, key=('passed', 'inconclusive', 'not done', 'not passed').index, default='not done')
+
+# %% ../../nbs/appendix/questions/subject.ipynb #4da952ec
+def read_classes(
+    file,  # csv
+    columns,  # that it has, image and label among them
+    known,  # the images that it may name
+    strange: tuple,  # what is wrong with others, what to do
+) -> pd.DataFrame:  # the table, label as class number
+    "Classes that somebody has given to images; InputError that names the line."
+    t = read_rows(resolve(file), columns)
+    refuse(t, ~t.label.isin(CLASSES), 'label', 'not a class', f'the classes are {", ".join(CLASSES)}')
+    refuse(t, ~t.image.isin(known), 'image', *strange)
+    return t.assign(label=t.label.map(CLASSES.index))
 
 # %% ../../nbs/appendix/questions/subject.ipynb #50cda805
 @dataclass(frozen=True)
