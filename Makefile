@@ -31,7 +31,14 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
-paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
+# a corpus elsewhere stands in the place of the study's own: data/open is a link to it
+DATA ?=
+define link
+	@[ ! "$(DATA)" ] || { [ -d "$(DATA)" ] || { echo "DATA=$(DATA): no such folder" >&2; exit 1; }; mkdir -p data; [ ! -e data/$(PROFILE) ] || [ -L data/$(PROFILE) ] || { echo "data/$(PROFILE) is there already: remove it, or leave out DATA" >&2; exit 1; }; ln -sfn "$$(cd "$(DATA)" && pwd)" data/$(PROFILE); }
+endef
+
+paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, PROFILE=open DATA=folder, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
+	$(link)
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
 

@@ -24,9 +24,9 @@ def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else
 # A job that an interrupted study has left running on a cluster is waited for, not doubled.
 PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
-# The smoke study computes with the instruction sets that every x86-64 processor of the last ten years has, so that they do not decide what it finds; what is set by hand wins.
-CAPS = dict(smoke=''.join(f'export {k}=${{{{{k}:-{v}}}}}; ' for k, v in KERNELS.items()), study='')
-PAPERMILL = CAPS[profile] + PAPERMILL
+# What runs without a GPU computes with the instruction sets that every x86-64 processor of the last ten years has, so that they do not decide what it finds; what is set by hand wins.
+if profile != 'study':
+    PAPERMILL = ''.join(f'export {k}=${{{{{k}:-{v}}}}}; ' for k, v in KERNELS.items()) + PAPERMILL
 CPU = 'export CUDA_VISIBLE_DEVICES=; ' + PAPERMILL # who does not ask for a GPU sees none
 # A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
 GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else
@@ -43,7 +43,7 @@ GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else
   export CUDA_VISIBLE_DEVICES="${{mine[*]}}"
 fi; """ + PAPERMILL
 # for SLURM: memory for the libraries and for batches of px x px, minutes; a retry gets more of both and goes on from the last checkpoint
-COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, study=720)[profile])
+COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, open=240, study=720)[profile])
 
 onstart:
     gpus = workflow.global_resources.get('gpu') # of this machine, as `make paper` counts them

@@ -72,7 +72,7 @@ def _rows(v):
 # %% ../nbs/appendix/machine/study.ipynb #99fddd7d
 STUDY = dict(
     name=_name(r'\w[\w.-]*', 'letters, digits, dots, dashes and underlines'),
-    profile=choice('smoke', 'study'),
+    profile=choice('smoke', 'open', 'study'),
     phantom=_keys,
     data_root=optional(text()),
     adapter=_name(r'\w+', 'the name of a data set'),
@@ -122,7 +122,9 @@ def checked(
 # %% ../nbs/appendix/machine/study.ipynb #cde6d267
 def also(row: dict, *told) -> str:  # names of parameters that the title tells already
     "The other parameters of a row, so that rows that differ have titles that differ."
-    return ''.join(f', {k} {v}'.replace('_', ' ') for k, v in row.items() if k not in ('arch', 'pretrain', *told))
+    solved = ('freeze', 'head') if row.get('head') == 'logistic' else ()
+    rest = {k: v for k, v in row.items() if k not in ('arch', 'pretrain', *solved, *told)}
+    return (', frozen features' if solved else '') + ''.join(f', {k} {v}'.replace('_', ' ') for k, v in rest.items())
 
 
 def backbone_title(row: dict) -> str:
@@ -149,8 +151,9 @@ def row_title(
 # %% ../nbs/appendix/machine/study.ipynb #9ced64e3
 def pretrain_title(row: dict) -> str:
     "What a row of Tables 4 and 6 is called: its pre-training and what came after."
-    how = 'linear' if row.get('freeze') else 'multi-task' if row.get('multitask') else 'single-task'
-    return f"{METHODS[row['pretrain']].title}, {how}{also(row, 'freeze', 'multitask', *(['lr'] if row.get('freeze') else []))}"
+    frozen = [] if row.get('head') == 'logistic' else [', linear']  # otherwise `also` says it
+    how = ''.join(frozen) if row.get('freeze') else ', multi-task' if row.get('multitask') else ', single-task'
+    return f"{METHODS[row['pretrain']].title}{how}{also(row, 'freeze', 'multitask', *(['lr'] if row.get('freeze') else []))}"
 
 # %% ../nbs/appendix/machine/study.ipynb #99161b84
 class StudyLoader(yaml.SafeLoader):

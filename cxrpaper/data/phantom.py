@@ -60,7 +60,11 @@ from cxrpaper.runs import (
 
 # %% ../../nbs/appendix/data/phantom.ipynb #b543b4ef
 APPEARANCES = ('negative', 'typical', 'indeterminate', 'atypical')
-PROFILES = {'smoke': dict(n_patients=160, px=224, contrast=1.6), 'study': dict(n_patients=1000, px=320, contrast=1.0)}
+PROFILES = {
+    'smoke': dict(n_patients=160, px=224, contrast=1.6),
+    'open': dict(n_patients=160, px=224, contrast=1.6),
+    'study': dict(n_patients=1000, px=320, contrast=1.0),
+}
 
 # %% ../../nbs/appendix/data/phantom.ipynb #b2122195
 @dataclass(frozen=True)

@@ -938,12 +938,15 @@ def which_adapter(
 # %% ../../nbs/appendix/data/readers.ipynb #a784206c
 def read_cohort(
     root,  # folder of a corpus, or a csv file
-    adapter: str = 'auto',  # 'auto', or a key of DATASETS
+    adapter: str = 'auto',  # 'auto', 'all' (the same, with the radiographs that have no label), or a key of DATASETS
     **options,  # handed to the reader: rule, patients, surrogate, workers, progress, ...
 ) -> Cohort:
     "The radiographs of any known corpus."
     if root is None:
         raise InputError('no folder', field='data_root', hint="name one, or write a phantom: phantom('smoke')")
-    if adapter not in ('auto', *DATASETS):
-        raise InputError(f'{adapter!r} is not known', field='adapter', hint=f'give auto, {", ".join(DATASETS)}')
-    return DATASETS[which_adapter(root) if adapter == 'auto' else adapter].read(resolve(root), **options)
+    if adapter not in ('auto', 'all', *DATASETS):
+        raise InputError(f'{adapter!r} is not known', field='adapter', hint=f'give auto, all, {", ".join(DATASETS)}')
+    if adapter in ('auto', 'all'):
+        found = which_adapter(root)
+        adapter = f'{found}_all' if adapter == 'all' and f'{found}_all' in DATASETS else found
+    return DATASETS[adapter].read(resolve(root), **options)

@@ -81,6 +81,14 @@ def _unreadable(file, e) -> InputError:  # e: one of NOT_WEIGHTS
         hint = 'the file is cut short or of another kind: make or download it again'
     return InputError(f'cannot be read as weights ({what})', file=show_path(file), hint=hint)
 
+# %% ../../nbs/appendix/models/weights.ipynb #912c2139
+def _notes(f) -> dict:  # an open .safetensors
+    "What a file of ours says about itself; ValueError where that is no dictionary."
+    notes = json.loads((f.metadata() or {}).get('notes', '{}'))
+    if not isinstance(notes, dict):
+        raise ValueError('its notes are no dictionary')
+    return notes
+
 # %% ../../nbs/appendix/models/weights.ipynb #55990e66
 def read_weights(
     file: Path,  # .safetensors, or a PyTorch .pth/.pt/.bin/.pth.tar that holds one dictionary
@@ -93,7 +101,7 @@ def read_weights(
     try:
         if file.suffix == '.safetensors':
             with safe_open(str(file), 'pt') as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('notes', '{}'))
+                return {k: f.get_tensor(k) for k in f.keys()}, _notes(f)
         return dict(torch.load(file, map_location='cpu', weights_only=True)), {}
     except NOT_WEIGHTS as e:
         raise _unreadable(file, e) from None
@@ -553,7 +561,7 @@ def _unfit(file, arch, ok):
     "Why the run that wrote `file` is not taken; '' where it is."
     try:
         with safe_open(str(file), 'pt') as f:
-            notes = json.loads((f.metadata() or {}).get('notes', '{}'))
+            notes = _notes(f)
     except (SafetensorError, OSError, ValueError):
         return 'cannot be read'
     if notes.get('arch') != arch:

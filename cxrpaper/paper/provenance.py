@@ -514,7 +514,7 @@ def _execute_page(page, study, study_file, out: Path):
     from papermill import execute_notebook
 
     asked = dict(profile=study['profile'], study=str(study_file), out=str(out), missing='error')
-    caps = {k: os.environ.get(k, v) for k, v in KERNELS.items()} if study['profile'] == 'smoke' else {}
+    caps = {k: os.environ.get(k, v) for k, v in KERNELS.items()} if study['profile'] != 'study' else {}
     source, copy = project_root() / 'nbs' / f'{page}.ipynb', out.parent / f'{Path(page).name}.ipynb'
     with patch.dict(os.environ, caps, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''):
         execute_notebook(str(source), str(copy), asked, progress_bar=False, log_level='ERROR')

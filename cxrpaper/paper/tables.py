@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'MASK_COLUMNS', 'MASK_BY_CLASS', 'needed_runs', 'missing_runs', 'cohort_table', 'backbone_table',
-           'multitask_verdict', 'multitask_table', 'compared_with', 'against_controls', 'against', 'pretrainings_of',
-           'pretraining_table', 'started', 'pretraining_verdict', 'asked', 'class_table', 'class_differences',
-           'counted_otherwise', 'label_title', 'label_pairs', 'label_evaluations', 'label_table', 'reached',
-           'label_verdict', 'label_cells']
+           'multitask_verdict', 'multitask_table', 'compared_with', 'against_controls', 'task_of', 'against',
+           'pretrainings_of', 'pretraining_table', 'started', 'pretraining_verdict', 'asked', 'class_table',
+           'class_differences', 'counted_otherwise', 'label_title', 'label_pairs', 'label_evaluations', 'label_table',
+           'reached', 'label_verdict', 'label_cells']
 
 # %% ../../nbs/06_tables.ipynb #ce164dba
 import numpy as np
@@ -171,20 +171,19 @@ def against_controls(diffs, metric='auc_macro') -> pd.DataFrame:
     )
 
 # %% ../../nbs/06_tables.ipynb #47d48c56
+def task_of(row) -> tuple:
+    "What two rows must have in common for their pre-trainings to be compared: the network, its tasks, and whether all of it learns."
+    return row['arch'], bool(row.get('multitask')), bool(row.get('freeze'))
+
+
 def against(
     rows: dict,  # title -> row, of Table 4
 ) -> list:  # (row, row to compare with, question)
     "Each pre-training against none, and each of ours against ImageNet, for the same task."
-    by = {(r['pretrain'], r['arch'], bool(r.get('multitask'))): k for k, r in rows.items()}
-    pairs = [
-        (k, by.get(('none', r['arch'], bool(r.get('multitask')))), 'from scratch')
-        for k, r in rows.items()
-        if r['pretrain'] != 'none'
-    ]
+    by = {(r['pretrain'], *task_of(r)): k for k, r in rows.items()}
+    pairs = [(k, by.get(('none', *task_of(r))), 'from scratch') for k, r in rows.items() if r['pretrain'] != 'none']
     pairs += [
-        (k, by.get(('imagenet', r['arch'], bool(r.get('multitask')))), 'ImageNet')
-        for k, r in rows.items()
-        if r['pretrain'] in our_methods()
+        (k, by.get(('imagenet', *task_of(r))), 'ImageNet') for k, r in rows.items() if r['pretrain'] in our_methods()
     ]
     return [p for p in pairs if p[1]]
 
@@ -200,7 +199,7 @@ def pretraining_table(
     "The numbers of Table 4, rows as in the study file."
     rows = {pretrain_title(r): r for r in study['table4']}
     frames, long = evaluated(study, rows, how)
-    task = lambda row, than, question: (question, bool(rows[row].get('multitask')))
+    task = lambda row, than, question: (question, *task_of(rows[row])[1:])
     d = differences(frames, against(rows), how, task)
     return (
         long,
@@ -235,7 +234,9 @@ def pretraining_verdict(
 
 def asked(diffs, plan) -> pd.DataFrame:
     "The comparisons of Table 4 that the plan asks: those with ImageNet, single-task."
-    return diffs[(diffs.metric == plan.metric) & (diffs.question == 'ImageNet') & ~diffs.row.str.contains('multi-task')]
+    return diffs[
+        (diffs.metric == plan.metric) & (diffs.question == 'ImageNet') & diffs.row.str.contains(', single-task')
+    ]
 
 # %% ../../nbs/06_tables.ipynb #9e9a25c3
 def class_table(study: dict, how: Resampling = DEFAULT) -> tuple:  # (every metric, differences, title -> frames)

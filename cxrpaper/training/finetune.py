@@ -6,11 +6,12 @@
 __all__ = ['PROFILES', 'SPEED', 'LOSSES', 'split_rows', 'pretrained_file', 'label_subset', 'Augmenting', 'averaged_from',
            'running_mean', 'BestCheckpoint', 'StageSchedule', 'Freezing', 'parameter_groups', 'finetuner', 'predict',
            'prediction_rows', 'make_model', 'make_loss', 'fit', 'training_batches', 'refresh_statistics',
-           'dynamics_table', 'score_rows', 'BoxPrior', 'mask_rows', 'finetune', 'save_masks', 'load_model']
+           'dynamics_table', 'fit_head', 'score_rows', 'BoxPrior', 'mask_rows', 'finetune', 'save_masks', 'load_model']
 
 # %% ../../nbs/04_finetune.ipynb #e4b78bd7
 PROFILES = dict(
     smoke=dict(px=128, epochs=8, batch_size=16, lr=1e-3, decoder_width=64),
+    open=dict(px=224, epochs=16, batch_size=16, lr=1e-3, decoder_width=64),
     study=dict(px=512, epochs=30, batch_size=32, lr=1e-3, decoder_width=256),
 )
 SPEED = (  # what a step's time depends on
@@ -18,6 +19,7 @@ SPEED = (  # what a step's time depends on
     'px',
     'batch_size',
     'freeze',
+    'head',
     'augmentation',
     'multitask',
     'decoder',
@@ -46,7 +48,17 @@ from ..runs import InputError, as_parameters, begin, finish, load_run, resolve, 
 from ..schema import ABOUT, CLASSES
 from .augment import PRESETS, augment
 from .corpora import check_unseen
-from .loop import Batches, Checkpointing, EpochRecorder, make_learner, mean_by_row, plain, start_device
+from cxrpaper.training.loop import (
+    Batches,
+    Checkpointing,
+    EpochRecorder,
+    embed,
+    make_learner,
+    mean_by_row,
+    plain,
+    start_device,
+)
+from .probes import choose_C, linear_head
 
 # %% ../../nbs/04_finetune.ipynb #afeca2b8
 def split_rows(
@@ -319,7 +331,9 @@ def fit(
     device='cpu',  # a torch device
     cbs=(),  # further callbacks
 ):  # (model with the weights that are kept, history, provenance of the start, last or best epoch, training dynamics)
-    "Train one model; goes on from `checkpoint` where it exists."
+    "Train one model; goes on from `checkpoint` where it exists. With a logistic head there is nothing to go on from."
+    if p.head == 'logistic':
+        return fit_head(store, images, rows, p, device)
     labels = images.label.values
     model, source = make_model(p)
     data = training_batches(store, images, rows, p, device)
@@ -361,6 +375,24 @@ def dynamics_table(images, rows, watching) -> pd.DataFrame:  # image, label, epo
     seen = np.unique(rows['train'])
     table = pd.DataFrame({f'epoch_{i}': d.numpy()[seen] for i, d in enumerate(watching.dynamics)})
     return images.iloc[seen][['image', 'label']].reset_index(drop=True).join(table)
+
+# %% ../../nbs/04_finetune.ipynb #591da2df
+def fit_head(store, images, rows, p, device='cpu') -> tuple:  # as `fit` takes and gives them
+    "Only the head, by logistic regression on the features of the frozen encoder; its penalty is chosen inside the training patients."
+    labels, (model, source), features = images.label.values, make_model(p), {}
+    for k in ('train', 'val'):
+        batches = Batches(store.images, rows[k], labels, p.batch_size, device)
+        features[k] = embed(model.encoder.to(device), batches)
+    y, groups = labels[rows['train']], images.group.values[rows['train']]
+    C = choose_C(features['train'], y, groups, seed=p.seed)
+    weights = class_weights(y, power=p.class_weight_power).numpy()[y]
+    model.head.load_state_dict(dict(zip(('weight', 'bias'), linear_head(features['train'], y, C, weights))))
+    z = {k: model.cpu().head(torch.from_numpy(x)).detach() for k, x in features.items()}
+    loss = {f'{k}_loss': float(make_loss(p, y)(v, torch.from_numpy(labels[rows[k]]))) for k, v in z.items()}
+    auc = point_metrics(labels[rows['val']], softmax(z['val'].numpy()))['auc_macro']
+    believed = z['train'].softmax(1)[np.arange(len(y)), y].numpy()
+    dynamics = images.iloc[rows['train']][['image', 'label']].reset_index(drop=True).assign(epoch_0=believed)
+    return model, pd.DataFrame([dict(epoch=0, **loss, val_auc_macro=auc, lr=0.0)]), source, 0, dynamics
 
 # %% ../../nbs/04_finetune.ipynb #93507854
 def score_rows(

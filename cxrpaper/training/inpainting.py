@@ -34,6 +34,7 @@ from .pretraining import Task, run_pretraining, starting_encoder
 # %% ../../nbs/03_inpainting.ipynb #7fe9b856
 PROFILES = dict(
     smoke=dict(px=64, epochs=4, batch_size=16, lr=1e-3, schedule='cosine', probe_every=2),
+    open=dict(px=160, epochs=20, batch_size=32, lr=1e-3, schedule='cosine', probe_every=5),
     study=dict(px=320, epochs=40, batch_size=64, lr=1e-3, schedule='cosine', probe_every=1),
 )
 

@@ -9,6 +9,7 @@ __all__ = ['PROFILES', 'SPEED', 'TwoViews', 'in_groups', 'gather', 'MoCo', 'chec
 # %% ../../nbs/03_moco.ipynb #66b99375
 PROFILES = dict(
     smoke=dict(px=64, epochs=4, batch_size=16, queue=128, momentum=0.99, lr=1e-3, schedule='cosine', probe_every=2),
+    open=dict(px=160, epochs=20, batch_size=32, queue=512, momentum=0.99, lr=1e-3, schedule='cosine', probe_every=5),
     study=dict(px=320, epochs=20, batch_size=16, queue=24576, momentum=0.999, lr=1e-4, schedule='steps', probe_every=1),
 )
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'check_embeddings', 'normalise', 'nearest', 'group_codes', 'check_enough', 'neighbours', 'check_labels',
-           'knn_scores', 'grouped_folds', 'fit_linear', 'choose_C', 'linear_scores', 'probe', 'alignment', 'uniformity',
-           'collapse_statistics', 'collapsed', 'Collapse', 'project_2d']
+           'knn_scores', 'grouped_folds', 'fit_linear', 'choose_C', 'linear_scores', 'linear_head', 'probe',
+           'alignment', 'uniformity', 'collapse_statistics', 'collapsed', 'Collapse', 'project_2d']
 
 # %% ../../nbs/appendix/training/probes.ipynb #c0e87181
 import warnings
@@ -239,6 +239,19 @@ def linear_scores(
         )
         p[test] = fit_linear(x, y, train, test, [best], n_classes)[0]
     return p
+
+# %% ../../nbs/appendix/training/probes.ipynb #9ea4aca2
+def linear_head(
+    x,  # (N,D) features
+    y,  # (N,) classes, each of them at least once
+    C: float,  # inverse penalty
+    weights=None,  # (N,) of the images; None: all alike
+) -> tuple:  # (classes,D), (classes,) float32 tensors, for the features as they are
+    "A logistic regression on standardised features, as the weight and the bias of a linear layer."
+    scale = StandardScaler().fit(x)
+    model = LogisticRegression(C=C, max_iter=1000, tol=1e-3).fit(scale.transform(x), y, sample_weight=weights)
+    weight = model.coef_ / scale.scale_
+    return torch.tensor(weight).float(), torch.tensor(model.intercept_ - weight @ scale.mean_).float()
 
 # %% ../../nbs/appendix/training/probes.ipynb #444bb34d
 def probe(
