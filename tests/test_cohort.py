@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 import zipfile
+from functools import partial
 
 import cv2
 import numpy as np
@@ -40,6 +41,7 @@ from cxrpaper.runs import InputError, project_root
 from cxrpaper.schema import COLUMNS
 
 REAL = project_root().parent / 'shared' / 'data'
+read_own = partial(read_cohort, pseudonyms=False)  # what a reader says of radiographs of one's own
 TABLES, CXR = REAL / 'siim_tables', REAL / 'real_cxr'
 needs_tables = pytest.mark.skipif(
     not TABLES.is_dir(), reason='the tables of SIIM are not on this machine (../shared/data/siim_tables)'
@@ -647,7 +649,7 @@ def test_plain_table(tmp_path):
     text = "image,patient,label,boxes,view\na,1,typical,\"[{'x': 1, 'y': 2, 'width': 10, 'height': 10}]\",AP\nb,1,0,,\nc,2,,,\n"
     table.write_text(text)
     for start in (tmp_path / 'mine', table):
-        c = read_cohort(start)
+        c = read_own(start)
         assert (
             c.images.label.tolist() == [1, 0, -1]
             and c.images.boxes[0] == [(1.0, 2.0, 10.0, 10.0)]
@@ -692,7 +694,7 @@ def loose(root):
 
 
 def test_folder(tmp_path):
-    c = read_cohort(loose(tmp_path / 'mine'), 'folder')
+    c = read_own(loose(tmp_path / 'mine'), 'folder')
     assert c.images.image.tolist() == ['a/1.2.840.10', 'a/x', 'b/y', 'c/w', 'c/z.jpg', 'c/z.png'] and c.name == 'mine'
     assert (
         c.images.patient.tolist() == ['p0', 'p0', 'study:sb', 'file:c/w', 'file:c/z.jpg', 'file:c/z.png']
@@ -706,7 +708,7 @@ def test_folder(tmp_path):
         and all((c.root / p).is_file() for p in c.images.path)
     )
     assert c.notes == dict(images_read=6, images_of_unknown_patients=4)
-    ruled = read_cohort(c.root, 'folder', patient='^(.)/').images.patient.tolist()
+    ruled = read_own(c.root, 'folder', patient='^(.)/').images.patient.tolist()
     assert ruled == ['p0', 'p0', 'b', 'c', 'c', 'c'], 'the header comes before the rule'
     assert load_cohort(save_cohort(c, tmp_path / 'saved')).digest == c.digest
 
@@ -757,7 +759,7 @@ def test_values_of_a_table_are_read_however_they_are_written(tmp_path):
     table = tmp_path / 'mine.csv'
     text = 'image,patient,sex,view,age,annotated\na,P1,Female,ap,61,yes\nb, P1 ,f,PA,,1.0\nc,P2,m,,30,No\n'
     table.write_text(text)
-    c = read_cohort(table).images
+    c = read_own(table).images
     assert c.patient.tolist() == ['P1', 'P1', 'P2'] and c.sex.tolist() == ['F', 'F', 'M']
     assert c['view'].tolist() == ['AP', 'PA', 'unknown'] and c.annotated.tolist() == [True, True, False]
     for before, after, words in (
@@ -790,19 +792,19 @@ def test_a_mask_is_never_taken_for_the_radiograph(tmp_path):
     files = dict(images__x_dot_png=(8, 8), masks__x_dot_png=(8, 8))
     table = lone_table(tmp_path, 'image,patient\nx,1\n', **files)
     with pytest.raises(InputError, match='images/x.png and masks/x.png'):
-        read_cohort(table, folder=tmp_path)
-    assert read_cohort(table).images.path.tolist() == ['x.png']  # images/ is where radiographs lie
+        read_own(table, folder=tmp_path)
+    assert read_own(table).images.path.tolist() == ['x.png']  # images/ is where radiographs lie
     named = lone_table(tmp_path, 'image,patient,path\nx,1,images/x.png\n')
-    assert read_cohort(named, folder=tmp_path).images.path.tolist() == ['images/x.png']
+    assert read_own(named, folder=tmp_path).images.path.tolist() == ['images/x.png']
 
 
 def test_paths_of_windows_and_endings_of_others(tmp_path):
     table = lone_table(tmp_path, 'image,patient,path\nx,1,a\\b\\x.png\n', images__a__b__x_dot_png=(8, 8))
-    assert read_cohort(table).images.path.tolist() == ['a/b/x.png']
+    assert read_own(table).images.path.tolist() == ['a/b/x.png']
     shutil.rmtree(tmp_path / 'images')
     table = lone_table(tmp_path, 'image,patient\nx,1\n', images__X_dot_png=(8, 8))
     with pytest.raises(InputError, match='missing'):
-        read_cohort(table)
+        read_own(table)
 
 
 def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
@@ -810,7 +812,7 @@ def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(tmp_path / 'images/x.jpg').save(tmp_path / 'images/x.jpg', exif=exif)
-    r = read_cohort(table).images.iloc[0]
+    r = read_own(table).images.iloc[0]
     assert (r.height, r.width) == (12, 8)
 
 
@@ -827,7 +829,7 @@ def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
 def test_odd_tables_are_refused_by_name(tmp_path, rows, said):
     table = lone_table(tmp_path, rows, images__x_dot_png=(8, 8))
     with pytest.raises(InputError, match=said) as e:
-        read_cohort(table)
+        read_own(table)
     assert 'table.csv' in str(e.value)
 
 
@@ -835,14 +837,14 @@ def test_a_table_in_latin_1_is_named_with_its_remedy(tmp_path):
     table = lone_table(tmp_path, '', images__x_dot_png=(8, 8))
     table.write_bytes('image,patient\nx,Müller\n'.encode('latin-1'))
     with pytest.raises(InputError, match='save it as UTF-8'):
-        read_cohort(table)
+        read_own(table)
 
 
 def test_what_headers_hold_is_plain_text_in_the_cohort(tmp_path):
     "Markup, Markdown, formulas and line breaks of a table reach no page; the counter-test is a plain name."
     rows = 'image,patient,source,detector\nx,"=cmd|1",<script>alert(1)</script>,"A|B\nC"\ny,2,north,plain\n'
     table = lone_table(tmp_path, rows, images__x_dot_png=(8, 8), images__y_dot_png=(8, 9))
-    t = read_cohort(table).images.set_index('image')
+    t = read_own(table).images.set_index('image')
     text = ' '.join(t.loc['x', ['patient', 'source', 'detector']])
     assert not set('<>|`\n\r') & set(text) and not text.startswith('=')
     assert t.loc['y', ['patient', 'source', 'detector']].tolist() == ['2', 'north', 'plain']

@@ -264,7 +264,7 @@ def test_real_copies_in_a_folder(real, tmp_path):
         u = np.rint(255 * read_radiograph(CXR / labelled.images.path[i])).astype(np.uint8)
         u = cv2.resize(u[:, ::-1] if k % 2 else u, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(tmp_path / f'copy_{k:02}.jpg'), u, [cv2.IMWRITE_JPEG_QUALITY, 60])
-    found = read_cohort(tmp_path, 'folder')
+    found = read_cohort(tmp_path, 'folder', pseudonyms=False)
     table = exclude(found, labelled, rows, hashes=(None, labelled_hashes), workers=0)
     copy = table.image.str.startswith('copy_').values
     assert table.used.tolist() == (~copy).tolist() and table.attrs['same_corpus'] == ''

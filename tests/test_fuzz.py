@@ -92,7 +92,7 @@ def test_tables(pictures, edits):
     file = pictures / 'table.csv'
     file.write_bytes(edited(TABLE, edits))
     try:
-        t = read_cohort(file).images
+        t = read_cohort(file, pseudonyms=False).images
     except InputError as e:
         assert e.problem and e.hint
     else:
@@ -136,7 +136,7 @@ def built(pictures, tmp_path_factory):
     "A store, a saved cohort and a checkpoint."
     root = tmp_path_factory.mktemp('built')
     (pictures / 'table.csv').write_bytes(TABLE)
-    cohort = read_cohort(pictures / 'table.csv')
+    cohort = read_cohort(pictures / 'table.csv', pseudonyms=False)
     build_store(cohort, 32, root / 'store', workers=0)
     save_cohort(cohort, root / 'cohort')
     save_checkpoint(root / 'checkpoint.pt', dict(epoch=3, model=dict(w=torch.arange(9.0))))

@@ -43,6 +43,7 @@ from cxrpaper.data.cohort import (
     require_columns,
 )
 from .dicom import check_regular, orientation
+from .pseudonyms import with_pseudonyms
 from ..runs import InputError, resolve, show_path
 from ..schema import CLASSES, COLUMNS
 
@@ -890,6 +891,7 @@ class Dataset:
     title: str  # what to call it
     read: Callable  # (folder, **options) -> `Cohort`
     detect: Callable = lambda root: False  # folder or file -> whether it is this one; without it, it is named by hand
+    own: bool = False  # radiographs of one's own: ids and paths may tell who somebody is
 
 # %% ../../nbs/appendix/data/readers.ipynb #c8064d8d
 DATASETS = dict(  # in the order in which a folder is asked
@@ -912,8 +914,8 @@ DATASETS = dict(  # in the order in which a folder is asked
     chexpert=Dataset(
         'CheXpert', read_chexpert, holds('train/patient*', 'CheXpert*/train/patient*', 'CheXpert*/train.csv')
     ),
-    csv=Dataset('one table', read_lone_table, _lone_table),
-    folder=Dataset('radiographs without a table', read_folder),
+    csv=Dataset('one table', read_lone_table, _lone_table, own=True),
+    folder=Dataset('radiographs without a table', read_folder, own=True),
 )
 
 # %% ../../nbs/appendix/data/readers.ipynb #809e9bee
@@ -939,6 +941,7 @@ def which_adapter(
 def read_cohort(
     root,  # folder of a corpus, or a csv file
     adapter: str = 'auto',  # 'auto', 'all' (the same, with the radiographs that have no label), or a key of DATASETS
+    pseudonyms: bool = True,  # radiographs of one's own get pseudonyms; False: for this process alone, never to be saved
     **options,  # handed to the reader: rule, patients, surrogate, workers, progress, ...
 ) -> Cohort:
     "The radiographs of any known corpus."
@@ -949,4 +952,5 @@ def read_cohort(
     if adapter in ('auto', 'all'):
         found = which_adapter(root)
         adapter = f'{found}_all' if adapter == 'all' and f'{found}_all' in DATASETS else found
-    return DATASETS[adapter].read(resolve(root), **options)
+    cohort = DATASETS[adapter].read(resolve(root), **options)
+    return with_pseudonyms(cohort) if DATASETS[adapter].own and pseudonyms else cohort
