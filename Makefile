@@ -27,7 +27,8 @@ export UV_HTTP_TIMEOUT := 300
 # where it is set, every process compiles PyTorch and the rest from source: cxrpaper.training.finetune then takes 22 s of CPU to import instead of 9
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help paper plan measure verify reproduce test lab readme lock bench clean
+PARTS ?= 1
+.PHONY: help data paper plan measure verify reproduce test lab readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -37,10 +38,13 @@ define link
 	@[ ! "$(DATA)" ] || { [ -d "$(DATA)" ] || { echo "DATA=$(DATA): no such folder" >&2; exit 1; }; mkdir -p data; [ ! -e data/$(PROFILE) ] || [ -L data/$(PROFILE) ] || { echo "data/$(PROFILE) is there already: remove it, or leave out DATA" >&2; exit 1; }; ln -sfn "$$(cd "$(DATA)" && pwd)" data/$(PROFILE); }
 endef
 
-paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, PROFILE=open DATA=folder, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
+paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, PROFILE=open after make data, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
 	$(link)
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
+
+data: .venv/installed ## the open corpus, without an account: PARTS of NIH's twelve archives (2 GB the first, 45 GB all) and the RSNA's reads, into data/open
+	@$(BIN)/papermill --log-level WARNING nbs/appendix/data/fetch.ipynb data/fetch.ipynb -p parts $(PARTS) -p download True
 
 plan: .venv/installed ## what `make paper` would take now: trainings, what is done, time, GPU hours, disk, and the jobs
 	@$(BIN)/cxr_plan config/$(PROFILE).yaml --gpus $(GPUS)

@@ -897,6 +897,24 @@ def rsna_root(
     return root
 
 
+def write_rsna_export(root, reads):  # as for `rsna_root`
+    "The same reads as the RSNA's own export has them; a reader's own mark and one of a whole study lie between them."
+    words = {c: f'L_{k}' for k, c in enumerate(('Normal', 'Lung Opacity', 'No Lung Opacity / Not Normal'))}
+    box = lambda b: dict(zip(('x', 'y', 'width', 'height'), b))
+    marks = [
+        dict(SOPInstanceUID=f'1.2.{r}', labelId=words[c], data=b and box(b))
+        for r, _, c, bs, _ in reads
+        for b in bs or [None]
+    ]
+    marks += [dict(SOPInstanceUID=marks[0]['SOPInstanceUID'], labelId='T_1', data=None), dict(labelId='L_0', data=None)]
+    labels = [dict(id=i, name=c + ' ' * (c == 'Normal')) for c, i in words.items()]
+    groups = [dict(name='Team 1', labels=[dict(id='T_1', name='Exclude')]), dict(name='Calculated', labels=labels)]
+    name = 'pneumonia-challenge-annotations-adjudicated-kaggle_2018.json'
+    (root / name).write_text(json.dumps(dict(labelGroups=groups, datasets=[dict(annotations=marks)])))
+    mapping = [dict(subset_img_id=r, SOPInstanceUID=f'1.2.{r}', img_id=n, mse=m) for r, n, _, _, m in reads]
+    (root / 'pneumonia-challenge-dataset-mappings_2018.json').write_text(json.dumps(mapping))
+
+
 def nih_rows(names):
     return pd.DataFrame(
         {
@@ -932,6 +950,25 @@ def test_rsna_reads_become_surrogate_labels(tmp_path):
     assert c.notes['surrogate'] and c.notes['read_twice_and_disputed'] == 2
     every = read_cohort(root, 'rsna_all')
     assert every.images.label.tolist() == [0, 1, 2, 3, -1, -1, -1] and every.images.annotated.sum() == 4
+    write_rsna_export(root, reads)
+    (root / 'stage_2_train_labels.csv').rename(root / 'kaggle.csv')
+    assert read_cohort(root).images.label.tolist() == [0, 1, 2, 3]
+    export = root / 'pneumonia-challenge-annotations-adjudicated-kaggle_2018.json'
+    for before, after, words in (
+        ('Calculated', 'Team 9', 'no adjudicated reads'),
+        ('Not Normal', 'Odd', 'is not a class'),
+    ):
+        text = export.read_text()
+        export.write_text(text.replace(before, after))
+        assert words in str(refused(read_cohort, root))
+        export.write_text(text)
+    export.write_text('[]')
+    assert 'not an export of annotations' in str(refused(read_cohort, root))
+    export.unlink()
+    (root / 'kaggle.csv').rename(root / 'stage_2_train_labels.csv')
+    (root / 'pneumonia-challenge-dataset-mappings_2018.json').write_text(
+        json.dumps([dict(subset_img_id='a', img_id=names[0])])
+    )
     (root / 'stage_2_detailed_class_info.csv').write_text('patientId,class\na,Healthy\n')
     assert 'line 2, column class' in str(refused(read_cohort, root))
     (root / 'pneumonia-challenge-dataset-mappings_2018.json').write_text('{"a": 1}')
@@ -954,6 +991,10 @@ def test_the_published_tables_of_the_rsna(tmp_path):
     same = want[want.mse < 10]
     assert same.nih_image.nunique() == len(c) == 26_585
     assert (c.boxes.map(len) > 0).sum() == 5_997 and c.patient.nunique() == 11_410
+    write_rsna_export(root, reads)
+    from_export = read_cohort(root, 'rsna').images
+    assert from_export.label.equals(c.label) and from_export.image.equals(c.image), 'the two releases say the same'
+    assert from_export.boxes.tolist() == c.boxes.tolist()
     first = c[c.image.isin(entry['Image Index'][:4_999].str.removesuffix('.png'))]
     assert len(first) == 1_172 and first.patient.nunique() == 514 and first.boxes.map(len).sum() == 402
     assert first.label.value_counts().sort_index().tolist() == [353, 136, 119, 564]
