@@ -28,9 +28,9 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce test lab readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce test test-quick lab readme lock bench clean
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 # a corpus elsewhere stands in the place of the study's own: data/open is a link to it
 DATA ?=
@@ -64,6 +64,9 @@ test: .venv/installed ## every notebook, then the test suite
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest -q -ra --durations=5 -m serial tests
+
+test-quick: .venv/installed ## for work in between: the tests that train nothing, in a few minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not serial and not long' -n 2 --dist loadfile tests
 
 lab: .venv/installed ## JupyterLab on nbs/index.ipynb
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb $(MORE)

@@ -105,6 +105,7 @@ if PHANTOMS:
 rule pretrain:
     input: nb=lambda w: page(PRETRAINING[w.method]), data=[f'{RUNS}/store.ipynb'] + made('pretraining')
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
+    priority: 1 # many models wait for it
     wildcard_constraints: method='|'.join(PRETRAINING)
     params: code=lambda w: code(PRETRAINING[w.method]), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
     log: f'{RUNS}/logs/{{method}}/{{arch}}.log'

@@ -44,3 +44,16 @@ def pytest_configure(config):
         'markers',
         'serial: depends on how long things take, so that nothing may run beside it; `make test` runs these last, one by one',
     )
+    config.addinivalue_line(
+        'markers', 'long: trains, runs whole studies or installs; `make test-quick` leaves these out'
+    )
+
+
+# files whose tests take more than half a minute together, most of it in notebooks and trainings
+LONG = 'baselines difficulty environment finetune fuzz lab parameters phantom pretraining privacy robustness slurm store study'
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix('test_') in LONG.split():
+            item.add_marker('long')

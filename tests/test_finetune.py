@@ -15,15 +15,20 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from cxrpaper.data.folds import assign_folds
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import read_cohort
 from cxrpaper.data.store import build_store
+from cxrpaper.evaluation.metrics import point_metrics, softmax
 from cxrpaper.models.nets import Classifier, Encoder
 from cxrpaper.runs import KERNELS, InputError, Run, as_parameters, load_run, rng
 from cxrpaper.training.finetune import finetune, fit, label_subset, make_model, predict, split_rows
-from cxrpaper.training.loop import Batches, load_checkpoint
+from cxrpaper.training.loop import Batches, embed, load_checkpoint
+from cxrpaper.training.probes import choose_C
 
 ROOT = Path(__file__).resolve().parent.parent
 P = dict(
@@ -52,6 +57,7 @@ P = dict(
     weighting='fixed',
     schedule='joint',
     freeze=False,
+    head='trained',
     label_fraction=1.0,
     draw=0,
     select='average',
@@ -241,6 +247,32 @@ def test_a_frozen_encoder_stays_as_it_came(data, tmp_path, multitask):
         assert 'head.weight' in moved
         encoder = {k for k in moved if k.startswith('encoder.')}
         assert not encoder if freeze else {'encoder.model.conv1.0.weight', 'encoder.model.bn1.running_mean'} <= encoder
+
+
+def test_a_logistic_head_is_what_scikit_learn_finds(data, tmp_path):
+    "The same probabilities as its pipeline on the features; where the labels are shuffled nothing is learnt."
+    cohort, store = data
+    images = cohort.images
+    rows = split_rows(images.label, assign_folds(images, 3), 0, 3)
+    p = as_parameters(P | dict(freeze=True, head='logistic', class_weight_power=0.0))
+    model, history, *_ = fit(store, images, rows, p, tmp_path / 'c.pt')
+    features = {
+        k: embed(model.encoder, Batches(store.images, r, images.label.values, 16, 'cpu')) for k, r in rows.items()
+    }
+    y = images.label.values[rows['train']]
+    C = choose_C(features['train'], y, images.group.values[rows['train']], seed=p.seed)
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000, tol=1e-6)).fit(features['train'], y)
+    z = predict(model, Batches(store.images, rows['test'], images.label.values, 16, 'cpu'))
+    assert np.abs(softmax(z) - theirs.predict_proba(features['test'])).max() < 0.02
+    assert len(history) == 1 and not (tmp_path / 'c.pt').exists()
+    auc = []
+    for seed in range(6):
+        labels = images.label.values.copy()
+        labels[rows['train']] = rng(seed, 'shuffled').permutation(y)
+        model = fit(store, images.assign(label=labels), rows, p, tmp_path / 'c.pt')[0]
+        z = predict(model, Batches(store.images, rows['test'], labels, 16, 'cpu'))
+        auc.append(point_metrics(labels[rows['test']], softmax(z))['auc_macro'])
+    assert abs(np.mean(auc) - 0.5) < 0.1, auc
 
 
 @pytest.mark.parametrize('seed', range(20))

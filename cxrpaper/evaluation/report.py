@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SURROGATE', 'MAIN', 'BY_CLASS', 'BASELINE_NAMES', 'COLOURS', 'LINES', 'MARKERS', 'OTHERS', 'STYLE', 'cell', 'wide',
-           'has_surrogate_classes', 'is_phantom', 'stamp', 'sample_text', 'sidecar', 'write_table', 'tell_apart',
-           'dark_edge', 'write_figure']
+           'has_surrogate_classes', 'is_phantom', 'stamp', 'sample_text', 'sidecar', 'markdown', 'write_table',
+           'tell_apart', 'dark_edge', 'write_figure']
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #d71037d1
 import json
+import re
 
 import matplotlib as mpl
 import numpy as np
@@ -105,6 +106,15 @@ def sidecar(name, caption, runs, files, out, code='paper.tables', **more):
         ),
     )
 
+# %% ../../nbs/appendix/evaluation/report.ipynb #279a80cd
+def markdown(table: pd.DataFrame) -> str:
+    "A table in Markdown; a number and its interval stay on one line, however narrow the window."
+    return re.sub(
+        r'(\d) \((\S+) to (\S+)\)',
+        '\\1\u00a0(\\2\u00a0to\u00a0\\3)',
+        table.to_markdown(index=False, disable_numparse=True),
+    )
+
 # %% ../../nbs/appendix/evaluation/report.ipynb #f398e678
 def write_table(
     name: str,  # file name without ending
@@ -120,11 +130,11 @@ def write_table(
     out = resolve(out)
     said = beside(name, long, reported)
     file, more_files = out / f'{name}_reported.csv', []
-    parts = [b.to_markdown(index=False, disable_numparse=True) for b in blocks]
+    parts = [markdown(b) for b in blocks]
     tex = '\n'.join(b.to_latex(index=False, escape=True) for b in blocks)
     if len(said):
         both = readable(said)
-        parts += [BESIDE, both.to_markdown(index=False, disable_numparse=True)]
+        parts += [BESIDE, markdown(both)]
         tex += f'\n% {BESIDE}\n{both.to_latex(index=False, escape=True)}'
         write_csv(file, said)
         more, more_files = more | dict(reported=reported.attrs['file']), [file]
