@@ -519,7 +519,10 @@ def standard_error(
     parts = [(*run_variance(v, s), len(v)) for v, s, _ in methods] if several else []
     total = of_patients + sum(v / n for v, _, n in parts)
     spread = of_patients**2 / max(n_units - 1, 1) + sum((raw / n) ** 2 / (n - 1) for _, raw, n in parts)
-    return total**0.5, total**2 / spread if spread > 0 else max(n_units - 1, 1)
+    least = min(
+        [max(n_units - 1, 1), *(n - 1 for *_, n in parts)]
+    )  # no sum of variances has fewer than its poorest part
+    return total**0.5, max(total**2 / spread, least) if spread > 0 else max(n_units - 1, 1)
 
 # %% ../../nbs/05_metrics.ipynb #3cc53a3b
 def logit_interval(

@@ -222,10 +222,10 @@ def draw_labels(
 def figure_labels(
     long: pd.DataFrame,  # from `tables.label_evaluations`: row, labels, n_train, metric, value, lo, hi, n
 ):
-    "Figure 6: macro AUC against the share of the labels, linear and fine-tuned."
+    "Figure 6: macro AUC against the share of the labels, linear, on frozen features, and fine-tuned."
     m = long[long.metric == 'auc_macro']
     with mpl.rc_context(STYLE):
-        modes = [how for how in ('linear', 'fine-tuned') if m.row.str.endswith(how).any()]
+        modes = [how for how in ('linear', 'frozen features', 'fine-tuned') if m.row.str.endswith(how).any()]
         fig, axs = plt.subplots(1, len(modes), figsize=(3.5 * len(modes), 2.8), sharey=True, squeeze=False)
         axs = axs[0]
         for ax, how in zip(axs, modes):

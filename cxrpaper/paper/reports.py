@@ -129,7 +129,7 @@ CLAIM = [  # (item, answer)
     ('subsets of data', '01_data; labelled radiographs only: {labelled}'),
     (
         'de-identification',
-        'by the sources; of headers patient, sex, age, view and device are read (appendix/data/dicom)',
+        'by the sources, or by keyed pseudonyms where the images are one\'s own (appendix/data/pseudonyms); of headers patient, institution, sex, age, view and device are read',
     ),
     ('missing data', '01_data: unknown view, sex and age stay unknown; images without a label are not judged'),
     ('acquisition of images', 'not done: headers name view and device (table1), protocols are not known'),
