@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SURROGATE', 'MAIN', 'BY_CLASS', 'BASELINE_NAMES', 'COLOURS', 'LINES', 'MARKERS', 'OTHERS', 'STYLE', 'cell', 'wide',
-           'has_surrogate_classes', 'is_phantom', 'stamp', 'sample_text', 'sidecar', 'markdown', 'write_table',
-           'tell_apart', 'dark_edge', 'write_figure']
+           'has_surrogate_classes', 'is_phantom', 'stamp', 'sample_text', 'sidecar', 'unbroken', 'markdown',
+           'write_table', 'tell_apart', 'dark_edge', 'write_figure']
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #d71037d1
 import json
@@ -107,13 +107,14 @@ def sidecar(name, caption, runs, files, out, code='paper.tables', **more):
     )
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #279a80cd
+def unbroken(text: str) -> str:
+    "A number and its interval stay on one line, however narrow the window."
+    return re.sub(r'(\d) \((\S+) to (\S+)\)', '\\1\u00a0(\\2\u00a0to\u00a0\\3)', text)
+
+
 def markdown(table: pd.DataFrame) -> str:
-    "A table in Markdown; a number and its interval stay on one line, however narrow the window."
-    return re.sub(
-        r'(\d) \((\S+) to (\S+)\)',
-        '\\1\u00a0(\\2\u00a0to\u00a0\\3)',
-        table.to_markdown(index=False, disable_numparse=True),
-    )
+    "A table in Markdown, its intervals unbroken."
+    return unbroken(table.to_markdown(index=False, disable_numparse=True))
 
 # %% ../../nbs/appendix/evaluation/report.ipynb #f398e678
 def write_table(

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from ..evaluation.plan import claim, numbers, read_plan, shortage
-from ..evaluation.report import markdown
+from ..evaluation.report import markdown, unbroken
 from ..runs import resolve
 from ..schema import CLASSES
 
@@ -148,6 +148,7 @@ def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> list 
 def answers_markdown(evidence=EVIDENCE, plan=None) -> str:
     "The answers as they stand on the first page."
     said_of = answers(evidence, plan)
-    return '\n\n'.join(
+    text = '\n\n'.join(
         f'**{q}**\n\n' + '\n'.join(f'* {s[0].upper() + s[1:]}.' for s in lines) for q, lines in said_of.items() if lines
     )
+    return unbroken(text)
