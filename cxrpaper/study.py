@@ -151,8 +151,16 @@ def row_title(
 # %% ../nbs/appendix/machine/study.ipynb #9ced64e3
 def pretrain_title(row: dict) -> str:
     "What a row of Tables 4 and 6 is called: its pre-training and what came after."
-    frozen = [] if row.get('head') == 'logistic' else [', linear']  # otherwise `also` says it
-    how = ''.join(frozen) if row.get('freeze') else ', multi-task' if row.get('multitask') else ', single-task'
+    solved = row.get('head') == 'logistic'  # `also` says it
+    how = (
+        ''
+        if solved
+        else ', linear'
+        if row.get('freeze')
+        else ', multi-task'
+        if row.get('multitask')
+        else ', single-task'
+    )
     return f"{METHODS[row['pretrain']].title}{how}{also(row, 'freeze', 'multitask', *(['lr'] if row.get('freeze') else []))}"
 
 # %% ../nbs/appendix/machine/study.ipynb #99161b84

@@ -23,6 +23,7 @@ import requests
 from tqdm import tqdm
 
 from .download import GB, check_room
+from .readers import RSNA_ANNOTATIONS, RSNA_MAPPING
 from ..runs import InputError, atomic, file_digest, resolve, show_path
 
 # %% ../../nbs/appendix/data/fetch.ipynb #90aee90b
@@ -43,11 +44,7 @@ ARCHIVES = (  # names that NIH's server gives to images_001.tar.gz, ...
     'ioqwiy20ihqwyr8pf4c24eazhh281pbu.gz',
 )
 SOURCES = {f'images_{k + 1:03}.tar.gz': BOX + name for k, name in enumerate(ARCHIVES)} | {
-    name: RSNA + name
-    for name in (
-        'pneumonia-challenge-dataset-mappings_2018.json',
-        'pneumonia-challenge-annotations-adjudicated-kaggle_2018.json',
-    )
+    name: RSNA + name for name in (RSNA_MAPPING, RSNA_ANNOTATIONS)
 }
 
 # %% ../../nbs/appendix/data/fetch.ipynb #755b5380
@@ -231,7 +228,7 @@ def download_open(
         f'{show_path(root)}: {len(todo)} archives to fetch, up to {need / GB:.0f} GB on the disk meanwhile', flush=True
     )
     nih_table(root)
-    for name in list(SOURCES)[-2:]:
+    for name in (RSNA_MAPPING, RSNA_ANNOTATIONS):
         fetch(source(name), root / name, progress)
     for k in todo:
         archive = fetch(source(f'images_{k:03}.tar.gz'), root / f'images_{k:03}.tar.gz', progress)
