@@ -1,5 +1,6 @@
 "The cohort on the real tables and radiographs, and on small trees with one fault each."
 
+import gzip
 import json
 import shutil
 import warnings
@@ -638,6 +639,40 @@ def test_chexpert(tmp_path):
         )
     (root / 'train/patient00001/study2/view1_frontal.jpg').unlink()
     assert 'line 3' in str(refused(read_cohort, root))
+
+
+def mimic(root, *rows):
+    root.mkdir(exist_ok=True)
+    table = root / 'mimic-cxr-2.1.0-metadata.csv.gz'
+    with gzip.open(table, 'wt') as f:
+        f.write('\n'.join(['dicom_id,subject_id,study_id,ViewPosition,Rows,Columns', *rows]))
+    return table
+
+
+def test_mimic_as_dicom(tmp_path):
+    "The DICOM release: equal names in different folders are different radiographs, and the patient is the table's."
+    table = mimic(tmp_path, 'a-1,10000001,501,PA,40,30', 'b-1,11000002,502,AP,40,30', 'c-1,11000002,502,LATERAL,40,30')
+    for p in ('p10/p10000001/s501/a-1', 'p11/p11000002/s502/b-1', 'p11/p11000002/s502/c-1'):
+        write_dicom(tmp_path / f'files/{p}.dcm')
+    c = read_cohort(tmp_path)
+    assert c.images.patient.tolist() == ['10000001', '11000002'] and c.images['view'].tolist() == ['PA', 'AP']
+    assert all((c.root / p).is_file() for p in c.images.path) and c.notes['of_frontal'] == 2
+    whole = table.read_bytes()
+    table.write_bytes(whole[:-12])
+    assert table.name in str(refused(read_cohort, tmp_path, 'mimic'))  # cut short
+    table.write_bytes(b'no gzip at all')
+    assert 'not a csv file' in str(refused(read_cohort, tmp_path, 'mimic'))
+
+
+def test_mimic_refuses(tmp_path):
+    mimic(tmp_path, 'a-1,10000001,501,PA,40,30', 'a-1,10000001,502,PA,40,30')
+    assert 'occurs twice' in str(refused(read_cohort, tmp_path))
+    mimic(tmp_path, 'a-1,10000001,501,PA,40,30')
+    assert 'none of its frontal radiographs is here' in str(refused(read_cohort, tmp_path))
+    picture(tmp_path / 'files/p10/p10000001/s999/a-1.jpg')  # under another study than the table says
+    assert '1 of 1 image files are missing' in str(refused(read_cohort, tmp_path))
+    mimic(tmp_path, 'a-1,10000001,999,PA,forty,30')
+    assert 'Rows' in str(refused(read_cohort, tmp_path))
 
 
 def test_plain_table(tmp_path):

@@ -9,9 +9,11 @@ __all__ = ['TEXTS', 'HARMLESS', 'Cohort', 'boxes_as_text', 'alike', 'plain_text'
 
 # %% ../../nbs/01_data.ipynb #f728b4fa
 import csv
+import gzip
 import json
 import re
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,11 +118,12 @@ def _csv_rows(path: Path):  # yields (number of the line, its fields), the heade
     "The lines of a csv file that are not empty; InputError where it is none."
     if not path.is_file():
         raise InputError('no such file', file=show_path(path), hint='check the folder that you gave')
-    with open(path, newline='', encoding='utf-8-sig') as f:
+    opened = gzip.open if path.suffix == '.gz' else open
+    with opened(path, 'rt', newline='', encoding='utf-8-sig') as f:
         reader = csv.reader(f, strict=True)
         try:
             yield from ((reader.line_num, row) for row in reader if row)
-        except (csv.Error, UnicodeDecodeError) as e:
+        except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
             hint = 'save it as UTF-8' if isinstance(e, UnicodeDecodeError) else 'restore the file'
             field = f'line {reader.line_num}'
             raise InputError(f'not a csv file ({e})', file=show_path(path), field=field, hint=hint) from None

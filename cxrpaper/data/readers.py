@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'TWICE_WRITTEN', 'ONE_SOURCE', 'OPACITIES', 'CHESTXRAY14', 'RSNA_CLASSES', 'SAME_PIXELS', 'RSNA_MAPPING',
-           'RSNA_ANNOTATIONS', 'CHEXPERT_PATH', 'ENDINGS', 'FLAGS', 'SEXES', 'NO_IMAGES', 'NO_IMAGE', 'DATASETS',
-           'read_study_labels', 'parse_boxes', 'parse_label', 'read_image_boxes', 'organisers_rule', 'find_dicoms',
-           'read_patients', 'read_sizes', 'read_siim', 'siim_labels', 'read_siim_tables', 'read_real_cxr',
-           'require_files', 'read_chestxray14', 'read_chestxray14_boxes', 'rsna_mapping', 'rsna_reads',
-           'rsna_annotations', 'rsna_by_image', 'read_rsna', 'read_chexpert', 'picture_size', 'find_by_name',
-           'read_table', 'file_facts', 'find_radiographs', 'name_images', 'whose_files', 'read_folder',
-           'read_lone_table', 'holds', 'Dataset', 'which_adapter', 'read_cohort']
+           'RSNA_ANNOTATIONS', 'CHEXPERT_PATH', 'ENDINGS', 'MIMIC', 'MIMIC_TABLES', 'FLAGS', 'SEXES', 'NO_IMAGES',
+           'NO_IMAGE', 'DATASETS', 'read_study_labels', 'parse_boxes', 'parse_label', 'read_image_boxes',
+           'organisers_rule', 'find_dicoms', 'read_patients', 'read_sizes', 'read_siim', 'siim_labels',
+           'read_siim_tables', 'read_real_cxr', 'require_files', 'read_chestxray14', 'read_chestxray14_boxes',
+           'rsna_mapping', 'rsna_reads', 'rsna_annotations', 'rsna_by_image', 'read_rsna', 'read_chexpert',
+           'picture_size', 'read_mimic', 'find_by_name', 'read_table', 'file_facts', 'find_radiographs', 'name_images',
+           'whose_files', 'read_folder', 'read_lone_table', 'holds', 'Dataset', 'which_adapter', 'read_cohort']
 
 # %% ../../nbs/appendix/data/readers.ipynb #c8a70639
 import ast
@@ -675,6 +675,56 @@ def _chexpert_rows(home, name):  # -> the frontal rows of one table
     found = ['|'.join(m for m in marks if row[m] in ('1', '1.0')) for row in t.to_dict('records')]
     return pd.DataFrame(about | dict(source='CheXpert', finding=found))
 
+# %% ../../nbs/appendix/data/readers.ipynb #8d23a546
+ENDINGS = ('.dcm', '.dicom', '.png', '.jpg', '.jpeg')  # of radiographs; no part of an image's id
+
+# %% ../../nbs/appendix/data/readers.ipynb #9ca978f8
+MIMIC = ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns')
+MIMIC_TABLES = tuple(f'mimic-cxr-2.*-metadata.csv{z}' for z in ('.gz', ''))
+
+
+def _mimic_findings(
+    root,
+) -> dict:  # study -> 'Edema|Pneumonia', of the labels that CheXpert's labeller gave, where they are there
+    "What a report affirms."
+    found = [f for z in ('.gz', '') for f in sorted(root.glob(f'mimic-cxr-2.*-chexpert.csv{z}'))]
+    if not found:
+        return {}
+    t = read_rows(found[0])
+    require_columns(t, ('subject_id', 'study_id'))
+    marks = t.columns.difference(['subject_id', 'study_id', 'line'], sort=False)
+    said = ['|'.join(m for m in marks if row[m] in ('1', '1.0')) for row in t.to_dict('records')]
+    return dict(zip(t.study_id, said))
+
+# %% ../../nbs/appendix/data/readers.ipynb #ad96ce17
+def read_mimic(
+    root,  # folder of mimic-cxr-2.0.0-metadata.csv.gz and files/
+) -> Cohort:  # unlabelled
+    "The frontal radiographs of MIMIC-CXR that are there, as JPEG or as DICOM."
+    root = resolve(root)
+    t = read_rows(
+        next((f for p in MIMIC_TABLES for f in sorted(root.glob(p))), root / 'mimic-cxr-2.0.0-metadata.csv.gz')
+    )
+    require_columns(t, MIMIC)
+    refuse(t, t.dicom_id.duplicated(), 'dicom_id', 'the image occurs twice', 'keep one row per image')
+    frontal = t[t.ViewPosition.isin(['PA', 'AP'])].reset_index(drop=True)
+    folder = 'files/p' + frontal.subject_id.str[:2] + '/p' + frontal.subject_id + '/s' + frontal.study_id + '/'
+    files = {f.stem: f.suffix for f in (root / 'files').glob('p*/p*/s*/*') if f.suffix.lower() in ENDINGS}
+    here = frontal.dicom_id.isin(files)
+    if not here.any():
+        hint = 'give the folder that holds files/p10, p11, ... beside the tables'
+        raise InputError('none of its frontal radiographs is here', file=show_path(root), hint=hint)
+    t, path = frontal[here], (folder + frontal.dicom_id + frontal.dicom_id.map(files))[here]
+    require_files(root, path, t)
+    for c in ('Rows', 'Columns'):
+        refuse(t, ~t[c].str.fullmatch(r'[1-9]\d*'), c, 'not a number of pixels', 'use the table as it was released')
+    findings = _mimic_findings(root)
+    about = dict(image=t.dicom_id, study=t.study_id, patient=t.subject_id, path=path, view=t.ViewPosition)
+    about |= dict(height=t.Rows.astype(int), width=t.Columns.astype(int), source='MIMIC-CXR')
+    images = pd.DataFrame(about | dict(finding=[findings.get(s, '') for s in t.study_id])).reset_index(drop=True)
+    counts = dict(images_read=len(images), of_frontal=len(frontal))
+    return make_cohort(images, root, 'MIMIC-CXR', published=True, **counts)
+
 # %% ../../nbs/appendix/data/readers.ipynb #0cccb523
 def _plain_table(path):
     "The rows of a table of one's own, all text; InputError at a column that the study does not know, or that it needs."
@@ -688,9 +738,6 @@ def _plain_table(path):
         hint = 'give image (or path) and patient; without patient no split is safe'
         raise bad('missing column', 'patient, image or path', hint)
     return t.assign(**{c: t[c].str.strip() for c in t.columns.drop('line')})
-
-# %% ../../nbs/appendix/data/readers.ipynb #8d23a546
-ENDINGS = ('.dcm', '.dicom', '.png', '.jpg', '.jpeg')  # of radiographs; no part of an image's id
 
 # %% ../../nbs/appendix/data/readers.ipynb #e9692e74
 def find_by_name(
@@ -952,6 +999,7 @@ DATASETS = dict(  # in the order in which a folder is asked
     chexpert=Dataset(
         'CheXpert', read_chexpert, holds('train/patient*', 'CheXpert*/train/patient*', 'CheXpert*/train.csv')
     ),
+    mimic=Dataset('MIMIC-CXR', read_mimic, holds(*MIMIC_TABLES)),
     csv=Dataset('one table', read_lone_table, _lone_table, own=True),
     folder=Dataset('radiographs without a table', read_folder, own=True),
 )
