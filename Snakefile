@@ -3,7 +3,7 @@
 # It runs again when its parameters change, or the code of its notebook or modules (prose and times of files do not count), or what other jobs gave it.
 import functools, shlex
 from snakemake.exceptions import WorkflowError
-from cxrpaper.runs import KERNELS, digest, job_digest, notebook_of, project_root
+from cxrpaper.runs import KERNELS, digest, job_digest, page_of, project_root
 from cxrpaper.schema import our_methods
 from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
 
@@ -52,7 +52,7 @@ onstart:
                             "Run it on a machine with a GPU or on a cluster (make paper EXECUTOR=slurm), or set gpus: 0 there to train on the CPU.")
 
 code = functools.cache(job_digest) # of a notebook's own cells and of what its module is made of; a parameter, since inputs are compared by their times and whole text
-def page(module): return ancient(notebook_of(module).relative_to(project_root()).as_posix()) # the notebook that exports it
+def page(module): return ancient(page_of(module).relative_to(project_root()).as_posix())
 
 def yaml_for(**params): return shlex.quote(papermill_yaml(dict(profile=profile) | params))
 

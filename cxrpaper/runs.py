@@ -6,8 +6,8 @@
 __all__ = ['NO_WRITING', 'KERNELS', 'InputError', 'project_root', 'resolve', 'show_path', 'choice', 'integer', 'number', 'flag',
            'text', 'optional', 'as_parameters', 'parameters', 'rng', 'torch_generator', 'digest', 'file_digest',
            'unwritable', 'atomic', 'commit_folder', 'atomic_dir', 'write_json', 'write_csv', 'compute_facts',
-           'provenance', 'module_file', 'notebook_of', 'code_text', 'code_parts', 'code_modules', 'code_digest',
-           'job_digest', 'energy', 'Meter', 'Run', 'hold', 'release', 'begin', 'finish', 'load_run']
+           'provenance', 'module_file', 'notebook_of', 'page_of', 'code_text', 'code_parts', 'code_modules',
+           'code_digest', 'job_digest', 'energy', 'Meter', 'Run', 'hold', 'release', 'begin', 'finish', 'load_run']
 
 # %% ../nbs/appendix/machine/runs.ipynb #83880a0f
 import ast
@@ -448,6 +448,12 @@ def notebook_of(
     said = re.search(r'File to edit: (\S+\.ipynb)', module_file(module).read_text(encoding='utf-8'))
     return Path(os.path.normpath(module_file(module).parent / said[1]))
 
+
+def page_of(module: str) -> Path:
+    "The notebook that papermill executes for a module: its page in the book where there is one, else the one that it is exported from."
+    name = module.rpartition('.')[2]
+    return next(iter(project_root().glob(f'nbs/[0-9][0-9]_{name}.ipynb')), None) or notebook_of(module)
+
 # %% ../nbs/appendix/machine/runs.ipynb #4184000f
 def _without_docstrings(tree):
     "The same tree without its docstrings: they compute nothing."
@@ -577,7 +583,7 @@ def job_digest(
     module: str,  # whose notebook is executed
 ) -> str:  # 64 hex digits
     "Digest of a notebook's own cells, and of the code that its module and these cells are made of."
-    cells = json.loads(notebook_of(module).read_text(encoding='utf-8'))['cells']
+    cells = json.loads(page_of(module).read_text(encoding='utf-8'))['cells']
     own = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     own = [code_text(re.sub(r'(?m)^[%!].*$', '', s)) for s in own if not s.startswith('#| export')]
     used = {o for s in own for o in _package_imports(ast.parse(s), '').values() if o[1] != '*'}

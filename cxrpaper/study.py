@@ -18,18 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from cxrpaper.runs import (
-    InputError,
-    choice,
-    code_digest,
-    digest,
-    integer,
-    notebook_of,
-    optional,
-    resolve,
-    show_path,
-    text,
-)
+from .runs import InputError, choice, code_digest, digest, integer, optional, page_of, resolve, show_path, text
 from .schema import METHODS, our_methods
 
 # %% ../nbs/appendix/machine/study.ipynb #d28cfe50
@@ -251,7 +240,7 @@ def all_rows(study) -> list:  # rows of every table
 @cache
 def notebook_defaults(kind: str) -> dict:  # such as 'finetune': the module training.<kind>
     "The parameters cell of its notebook: name -> default."
-    cells = json.loads(notebook_of(f'training.{kind}').read_text(encoding='utf-8'))['cells']
+    cells = json.loads(page_of(f'training.{kind}').read_text(encoding='utf-8'))['cells']
     source = next(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ()))
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
     return {node.target.id: ast.literal_eval(node.value) for node in nodes}

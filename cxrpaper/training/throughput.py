@@ -34,7 +34,7 @@ from cxrpaper.runs import (
     code_digest,
     energy,
     load_run,
-    notebook_of,
+    page_of,
     provenance,
     resolve,
     write_csv,
@@ -221,7 +221,7 @@ def measure_start() -> float:
     with TemporaryDirectory() as folder:
         run = f'{folder}/run'
         execute_notebook(
-            str(notebook_of('training.finetune')),
+            str(page_of('training.finetune')),
             f'{folder}/04_finetune.ipynb',
             dict(arch='resnet10t', px=32, epochs=1, run=run),
             progress_bar=False,
