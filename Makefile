@@ -28,7 +28,7 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce test test-quick lab readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce test test-quick lab book readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -75,6 +75,11 @@ readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is i
 	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN index.ipynb
 	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(BIN)/python tests/readme.py README.md
+
+book: .venv/installed ## the pages of the book, executed and stored with what they show, and README.md (a few minutes)
+	cd nbs && for page in [0-9]*.ipynb; do echo $$page; OMP_NUM_THREADS=2 MPLBACKEND= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR $$page || exit 1; done
+	$(BIN)/nbdev_clean
+	@$(MAKE) readme
 
 lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for Linux, macOS and Windows
 	$(PYTHON) tests/requirements.py | $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -1,0 +1,86 @@
+"The ten pages: short enough to be read, stored with what they show, and of one state with the committed results."
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / 'nbs' / 'index.ipynb', *sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
+name = lambda p: p.stem
+
+
+def cells(page, kind):
+    return [c for c in json.loads(page.read_text())['cells'] if c['cell_type'] == kind]
+
+
+def source(c):
+    return ''.join(c['source'])
+
+
+def words(page):
+    return sum(len(source(c).split()) for c in cells(page, 'markdown'))
+
+
+def lines(page):
+    return sum(1 for c in cells(page, 'code') for line in source(c).splitlines() if line.strip())
+
+
+def shown(page):  # everything that its outputs say
+    out = []
+    for c in cells(page, 'code'):
+        for o in c['outputs']:
+            data = o.get('data', {})
+            out += [''.join(o.get('text', '')), *(''.join(data.get(k, '')) for k in ('text/markdown', 'text/plain'))]
+    return '\n'.join(out)
+
+
+def pictures(page):
+    found = [o.get('data', {}).get('image/png') for c in cells(page, 'code') for o in c['outputs']]
+    return [Image.open(io.BytesIO(base64.b64decode(p))) for p in found if p]
+
+
+def test_a_reader_finishes_it():
+    assert len(PAGES) == 10
+    assert sum(map(words, PAGES)) <= 9000 and sum(map(lines, PAGES)) <= 1800
+    assert max(map(words, PAGES)) <= 1200
+    assert len((ROOT / 'README.md').read_text().split()) <= 1300  # with the bars of its tables
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_a_page_is_stored_with_what_it_shows(page):
+    said = shown(page)
+    assert said.strip(), 'run `make book`'
+    assert not re.search(r'Traceback|Warning|\d+%\|', said), 'an error, a warning or a progress bar is stored'
+    assert page.stat().st_size < 1_000_000
+    if page.stem not in ('index', '06_tables'):
+        assert pictures(page), 'no picture is stored'
+
+
+@pytest.mark.parametrize('page', PAGES[1:], ids=name)
+def test_a_page_opens_with_its_question_and_its_place(page):
+    first = source(cells(page, 'markdown')[0])
+    assert re.search(r'\*[A-Z][^*]+\?\*', first) and re.search(r'DICOM → .*\*\*.+\*\*', first)
+
+
+def other_state(tables, card, verdict, said_06, said_08):  # what the stored pages do not show of the committed results
+    flat = lambda s: ' '.join(s.replace('\xa0', ' ').split())
+    gone = [k for k, t in tables.items() if flat(t.split('\n\n')[0]) not in flat(said_06)]
+    gone += [q for q, r in zip(card.question, card.result) if flat(str(r)) not in flat(said_08)]
+    return gone + [v for v in [verdict] if v.lower() not in flat(said_08).lower()]
+
+
+def test_the_pages_show_the_committed_results():
+    at = ROOT / 'figures' / 'open'
+    tables = {k: (at / f'table{k}.md').read_text() for k in (1, 2, 3, 4, 6)}
+    card = pd.read_csv(at / 'table7.csv', keep_default_na=False)
+    verdict = json.loads((at / 'table7.json').read_text())['verdict']
+    stored = [shown(ROOT / 'nbs' / f'{k}.ipynb') for k in ('06_tables', '08_readiness')]
+    assert other_state(tables, card, verdict, *stored) == [], 'run `make book`'
+    moved = {k: t.replace('2', '3', 1) for k, t in tables.items()}
+    assert set(other_state(moved, card, verdict, *stored)) == {k for k in tables if moved[k] != tables[k]}
