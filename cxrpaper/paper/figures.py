@@ -23,7 +23,7 @@ from ..data.store import decode
 from ..evaluation.masks import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
 from ..evaluation.metrics import DEFAULT, Resampling, bootstrap, curve_band, evaluate
 from ..evaluation.predictions import row_frames
-from ..evaluation.report import COLOURS, LINES, STYLE, cell, dark_edge, sample_text, stamp, write_figure
+from ..evaluation.report import COLOURS, STYLE, cell, dark_edge, sample_text, stamp, write_figure
 from ..evaluation.rows import mask_runs
 from .tables import Making, label_evaluations
 from ..runs import resolve, rng
@@ -81,22 +81,26 @@ def figure_curves(
     df: pd.DataFrame,  # pooled test predictions of one seed
     how: Resampling = DEFAULT,
 ):
-    "Figure 4: ROC and precision-recall curve of every class with 95 % bands."
+    "Figure 4: ROC (above) and precision-recall curve (below) of every class with 95 % bands, a panel each."
     r = bootstrap(df, how).set_index('metric')
     with mpl.rc_context(STYLE):
-        fig, axs = plt.subplots(1, 2, figsize=(7, 4.6))
-        for k, c in enumerate(CLASSES):
-            for ax, kind, m in zip(axs, ('roc', 'pr'), ('auc', 'ap')):
+        fig, axs = plt.subplots(2, len(CLASSES), figsize=(7, 3.9), sharex=True, sharey=True)
+        for k, (c, pair) in enumerate(zip(CLASSES, axs.T)):
+            for ax, kind, m in zip(pair, ('roc', 'pr'), ('auc', 'ap')):
                 b = curve_band(df, k, kind, how=how)
-                ax.fill_between(b.x, b.lo, b.hi, color=COLOURS[c], alpha=0.13, lw=0)
-                ax.plot(b.x, b.y, color=COLOURS[c], ls=LINES[c], label=f"{c}: {cell(r.loc[f'{m}_{c}'])}")
-            axs[1].axhline((df.label == k).mean(), color=COLOURS[c], ls=LINES[c], lw=0.6)
-        axs[0].plot([0, 1], [0, 1], color='0.6', lw=0.6)
-        axs[0].set(xlabel='false positive rate', ylabel='true positive rate', title='ROC: area (95 % interval)')
-        axs[1].set(xlabel='recall', ylabel='precision', title='Precision-recall: average precision (95 % interval)')
-        for ax in axs:
-            ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect='equal')
-            ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), handlelength=3)
+                ax.fill_between(b.x, b.lo, b.hi, color=COLOURS[c], alpha=0.2, lw=0)
+                ax.plot(b.x, b.y, color=COLOURS[c])
+                at = (0.98, 0.03, 'bottom') if kind == 'roc' else (0.98, 0.98, 'top')
+                value = f'{m.upper()} {cell(r.loc[f"{m}_{c}"])}'.replace(' (', '\n(')
+                ax.text(*at[:2], value, ha='right', va=at[2], fontsize=6.5)
+            pair[0].plot([0, 1], [0, 1], color='0.6', lw=0.6)
+            pair[1].axhline((df.label == k).mean(), color='0.6', lw=0.6)
+            pair[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=f'{c} (n = {int((df.label == k).sum())})')
+            pair[0].tick_params(labelbottom=True)
+            for ax, x in zip(pair, ('false positive rate', 'recall')):
+                ax.set(xlabel=x, aspect='equal')
+        axs[0, 0].set_ylabel('true positive rate')
+        axs[1, 0].set_ylabel('precision')
         plt.close(fig)
     return fig
 
@@ -269,7 +273,7 @@ def write_curves(m: Making):  # matplotlib Figure
     "Figure 4, written."
     title, row, frames = leading(m.study)
     fig = figure_curves(frames[0], m.how)
-    caption = f'**Figure 4. ROC and precision-recall curves** of {title}, the leading row of Table 2, seed {m.study["seeds"][0]}. Bands: pointwise 95 %; thin level lines: share of the class. {sample_text(m.study, frames)}{stamp(m.study)}'
+    caption = f'**Figure 4. ROC and precision-recall curves** of {title}, the leading row of Table 2, seed {m.study["seeds"][0]}. Bands: pointwise 95 %; thin lines: guessing (below: the share of the class). {sample_text(m.study, frames)}{stamp(m.study)}'
     write_figure('figure4', fig, caption, list(row_runs(m.study, row)), m.out, study=m.file)
     return fig
 

@@ -110,7 +110,7 @@ def _confusions(m, s, parts, about):
 
 
 def _robustness(m, s, parts, about):
-    caption = f'**Figure 10. Image corruptions.** {about} Macro AUC (blue) with its band, dotted: unchanged images; dashed gray, right axis: share of changed decisions.'
+    caption = f'**Figure 10. Image corruptions.** {about} Change of macro AUC from the unchanged images, paired; the darker, the stronger the corruption (its levels below its name). Gray: a loss within the margin; filled: a loss beyond the margin is shown.'
     return figure_robustness(parts['robustness']), caption, {}
 
 

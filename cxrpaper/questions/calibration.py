@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARES', 'BINS', 'LIMITS', 'simulate_run', 'equal_mass_bins', 'scores_of', 'bin_sums', 'reliability_curve', 'Gaps',
            'gaps', 'miscalibration_p', 'error_interval', 'calibration_errors', 'losses', 'murphy', 'Scaling',
-           'fit_temperature', 'fit_vector', 'scale_folds', 'calibration_difference', 'draw_reliability',
-           'calibration_slope', 'calibration_index', 'class_calibration', 'fit_best', 'calibration_part',
-           'calibration_rule', 'figure_calibration']
+           'fit_temperature', 'fit_vector', 'scale_folds', 'calibration_difference', 'calibration_slope',
+           'calibration_index', 'class_calibration', 'fit_best', 'calibration_part', 'calibration_rule',
+           'figure_calibration']
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #5487ce1e
 import warnings
@@ -32,7 +32,7 @@ from cxrpaper.evaluation.metrics import (
     simulate_predictions,
     softmax,
 )
-from ..evaluation.report import COLOURS, STYLE, tell_apart
+from ..evaluation.report import COLOURS, MARKERS, STYLE
 from .subject import Subject, worst
 from ..runs import InputError
 from ..schema import CLASSES, LOGITS
@@ -424,38 +424,6 @@ def calibration_difference(
         difference=lambda d: d.a - d.b, n=len(ca.y), n_units=ca.n_units
     )[['metric', 'a', 'b', 'difference', 'lo', 'hi', 'n', 'n_units']]
 
-# %% ../../nbs/appendix/questions/calibration.ipynb #844b0cbe
-def draw_reliability(
-    axs,  # three axes: top-label, classes, histogram of confidence
-    df: pd.DataFrame,  # predictions; the test rows count
-    colours: dict,  # class -> colour
-    bins: int = BINS,
-    how: Resampling = Resampling(500),
-    leaky: bool = False,
-) -> pd.DataFrame:  # of, score, share, lo, hi, n
-    "Reliability diagrams with bands, and the histogram of confidence."
-    parts = {of: reliability_curve(df, of, bins, how, leaky=leaky) for of in ('top', *CLASSES)}
-    for of, d in parts.items():
-        ax, colour = (axs[0], '0.25') if of == 'top' else (axs[1], colours[of])
-        ax.fill_between(d.score, d.lo, d.hi, color=colour, alpha=0.2, lw=0)
-        ax.plot(
-            d.score, d.share, color=colour, marker='o', ms=2.5, lw=1.2, label='predicted class' if of == 'top' else of
-        )
-    for ax, what, x in zip(
-        axs, ('share right', 'share of the class'), ('confidence in the predicted class', 'probability of the class')
-    ):
-        ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=0.8, zorder=0)
-        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=x, ylabel=what)
-        ax.set_aspect('equal')
-    confidence, right = scores_of(read_cases(df, how.unit, leaky=leaky))
-    axs[2].hist(
-        confidence, np.linspace(0.25, 1, 16), color='0.75', weights=np.full(len(confidence), 1 / len(confidence))
-    )
-    for v, style, name in ((confidence.mean(), '-', 'mean confidence'), (right.mean(), ':', 'accuracy')):
-        axs[2].axvline(v, color='0.25', ls=style, lw=1.2, label=name)
-    axs[2].set(xlim=(0, 1), xlabel='confidence in the predicted class', ylabel='share of images')
-    return pd.concat(parts, names=['of', 'bin']).reset_index('of')
-
 # %% ../../nbs/appendix/questions/calibration.ipynb #a45b3f4b
 def _logit(p):
     p = np.clip(p, 1e-6, 1 - 1e-6)
@@ -565,20 +533,21 @@ def figure_calibration(
     folds: list,  # predictions with validation and test rows, a fold each
     how: Resampling = Resampling(1000),
 ):
-    "Figure 7: reliability before and after temperature scaling, with the histogram of confidence."
+    "Figure 7: reliability before (above) and after temperature scaling (below), of the predicted class and of each class."
     both = pd.concat(folds, ignore_index=True)
     frames = {'as it comes': both[both.split == 'test'], 'with a temperature': scale_folds(both)[0]}
+    titles = {'top': 'predicted class'} | {c: c for c in CLASSES}
     with mpl.rc_context(STYLE):
-        fig, axs = plt.subplots(2, 3, figsize=(7, 4.6))
+        fig, axs = plt.subplots(2, len(titles), figsize=(7, 3.5), sharex=True, sharey=True)
         for line, (name, df) in zip(axs, frames.items()):
-            draw_reliability(line, df.reset_index(drop=True), COLOURS, how=how)
-            tell_apart(line[1])
-            plt.setp(line[1].collections, alpha=0.13)  # four bands over each other
-            line[0].set_title(f'{name} (n = {len(df)})', loc='left')
-        for ax in axs[0]:
-            ax.set_xlabel('')
-        for ax, columns in zip(axs[1], (1, 2, 1)):
+            for ax, (of, title) in zip(line, titles.items()):
+                d, colour = reliability_curve(df.reset_index(drop=True), of, how=how), COLOURS.get(of, '0.25')
+                ax.plot([0, 1], [0, 1], color='0.6', ls='--', lw=0.8, zorder=0)
+                ax.fill_between(d.score, d.lo, d.hi, color=colour, alpha=0.2, lw=0)
+                ax.plot(d.score, d.share, color=colour, marker=MARKERS.get(of, 'o'), ms=2.5, lw=1)
+                ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal', title=title if name == 'as it comes' else '')
+            line[0].set_ylabel(f'{name} (n = {len(df)})\nshare that is so')
+        for ax in axs[1]:
             ax.set_xlabel('predicted probability')
-            ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.25), ncols=columns, handlelength=3, columnspacing=1)
         plt.close(fig)
     return fig

@@ -814,7 +814,7 @@ def figure_use(
         draw_risk_coverage(axs[0], coverage, color='#0072B2')
         if np.isfinite(ceiling):
             axs[0].plot(
-                1, 1 - ceiling, '<', color='#E69F00', clip_on=False, label='bound by readers (RICORD)'
+                1, 1 - ceiling, '<', color='#E69F00', clip_on=False, label='readers elsewhere (RICORD)'
             )  # of all images
         draw_decision_curve(axs[1], decision, color='#0072B2')
         draw_predictive_values(axs[2], values, prevalence)

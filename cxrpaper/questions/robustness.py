@@ -6,8 +6,8 @@
 __all__ = ['SPAN', 'Corruption', 'CORRUPTIONS', 'MARGIN', 'REASON', 'row_noise', 'add_noise', 'quantum_noise', 'smooth', 'shrink',
            'turn', 'compress', 'corruption', 'predict_changed', 'cost', 'robustness_curve', 'tolerance',
            'planted_images', 'Reader', 'external_cohort', 'average_models', 'external_drop', 'drop_verdict',
-           'external_evaluation', 'draw_changed', 'draw_robustness', 'robustness_part', 'external_part',
-           'robustness_rule', 'external_rule', 'figure_robustness']
+           'external_evaluation', 'robustness_part', 'external_part', 'robustness_rule', 'external_rule',
+           'figure_robustness']
 
 # %% ../../nbs/appendix/questions/robustness.ipynb #50f24455
 import math
@@ -376,48 +376,6 @@ REASON = {'copy': 'copies', 'mirrored copy': 'mirrored copies', 'related': 'of t
     k: f'by {k}' for k in ('image', 'study', 'patient', 'group')
 }
 
-# %% ../../nbs/appendix/questions/robustness.ipynb #c6756e24
-def draw_changed(ax, at, shares, colour, labelled: bool):
-    "The share of changed decisions, on an axis at the right."
-    twin = ax.twinx()
-    twin.plot(at, shares, color=colour, lw=1, ls='--')
-    twin.set(ylim=(0, 1), yticks=[0, 0.5, 1])
-    twin.tick_params(colors=colour, labelsize=6, labelright=labelled)
-    twin.set_ylabel('decisions changed' if labelled else '', color=colour, fontsize=6)
-
-# %% ../../nbs/appendix/questions/robustness.ipynb #9e8e3160
-def draw_robustness(
-    axs,  # matplotlib axes, one for each change (others are switched off)
-    curves: pd.DataFrame,  # from `robustness_curve`
-    metric: str = 'auc_macro',
-    colour='#0072B2',
-    clean='#E69F00',
-    changed='0.6',
-    margin: float = MARGIN,
-):
-    "Small multiples: a metric by level with its band, and the share of changed decisions."
-    axs, t = np.ravel(axs), curves[curves.metric == metric]
-    names = t.corruption.unique()
-    if len(axs) < len(names):
-        raise InputError(f'{len(axs)} axes for {len(names)} changes', field='axs', hint='give one for each')
-    for ax in axs[len(names) :]:
-        ax.axis('off')
-    lo = min(t.lo.min(), t.value.min()) - 0.02
-    for ax, k in zip(axs, names):
-        d, place = t[t.corruption == k].sort_values('level'), ax.get_subplotspec()
-        at = np.arange(len(d))
-        broken = d.difference_hi < -margin
-        ax.fill_between(at, d.lo, d.hi, color=colour, alpha=0.15, lw=0)
-        ax.axhline(d.value.iloc[0], color=clean, ls=':', lw=1)
-        ax.plot(at, d.value, color=colour)
-        for m in (~broken, broken):
-            ax.plot(at[m], d.value[m], 'o', color=colour, ms=4, mfc='white' if m is broken else colour)
-        draw_changed(ax, at, d.changed, changed, place is None or place.is_last_col() or k == names[-1])
-        ax.set_xticks(at, [f'{l:g}' for l in d.level])
-        ax.set(title=f'{k}, n = {d.n.iloc[0]}', xlabel=d.unit.iloc[0], ylim=(lo, 1))
-        if place is None or place.is_first_col():
-            ax.set_ylabel(metric.replace('auc_macro', 'macro AUC').replace('_', ' '))
-
 # %% ../../nbs/appendix/questions/robustness.ipynb #68835d76
 def robustness_part(s: Subject) -> dict:
     "What image corruptions cost, and up to which level a loss is excluded. Writes `robustness` (`robustness_curve`) and `tolerance`: corruption, excluded, broken, verdict."
@@ -459,11 +417,28 @@ def external_rule(p):
 # %% ../../nbs/appendix/questions/robustness.ipynb #e0b6fdf6
 def figure_robustness(
     curves: pd.DataFrame,  # from `robustness.robustness_curve`
+    margin: float = MARGIN,
 ):
-    "Figure 10: small multiples, one for each corruption."
+    "Figure 10: the change of macro AUC by every corruption and level, on one axis with the margin."
+    t = curves[(curves.metric == 'auc_macro') & (curves.level > 0)]
+    names = list(t.corruption.unique())
     with mpl.rc_context(STYLE):
-        n = curves.corruption.nunique()
-        fig, axs = plt.subplots(-(-n // 4), 4, figsize=(7, 1.7 * -(-n // 4)), sharey=True)
-        draw_robustness(axs, curves, changed='0.15')
+        fig, ax = plt.subplots(figsize=(7, 0.5 * len(names) + 0.8))
+        ax.axvspan(-margin, 0, color='0.92', zorder=0)
+        ax.axvline(0, color='0.6', lw=0.8)
+        for row, k in enumerate(names):
+            d = t[t.corruption == k].sort_values('level')
+            at = row + np.linspace(-0.28, 0.28, len(d)) if len(d) > 1 else [row]
+            for y, shade, r in zip(at, np.linspace(0.55, 0, len(d)) if len(d) > 1 else [0], d.itertuples()):
+                open_ = r.difference_hi >= -margin
+                ax.plot([r.difference_lo, r.difference_hi], [y, y], color=str(shade), lw=1)
+                ax.plot(r.difference, y, 'o', ms=3.5, color=str(shade), mfc='white' if open_ else str(shade))
+        units = t.drop_duplicates('corruption').set_index('corruption').unit
+        levels = {k: ', '.join(f'{v:g}' for v in sorted(t.level[t.corruption == k])) for k in names}
+        ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticklabels([f'{k}\n{units[k]} ({levels[k]})' for k in names], fontsize=6.5)
+        ax.set_xlabel(
+            f'change of macro AUC, 95 % interval (n = {t.n.iloc[0]} images of {t.n_patients.iloc[0]} patients)'
+        )
         plt.close(fig)
     return fig
