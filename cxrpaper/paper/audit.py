@@ -293,7 +293,7 @@ def difference(a: Brought, b: Brought, how: Resampling) -> pd.Series:
 
 # %% ../../nbs/appendix/paper/audit.ipynb #96e12c52
 def against(b, how, tables, other=None):
-    "Macro AUC is not lower than that of the other model, with its interval."
+    "Macro AUC lies above that of the other model, with its interval."
     if other is None:
         raise InputError('needs predictions of another model', field='--against', hint='give its csv')
     if other.about.image.tolist() != b.about.image.tolist() or (other.y != b.y).any() or other.classes != b.classes:
