@@ -7,6 +7,7 @@ __all__ = ['QUESTIONS', 'performance_part', 'assess', 'read_parts', 'reader_boun
            'rule_text', 'scorecard', 'overall']
 
 # %% ../../nbs/appendix/questions/readiness.ipynb #42af9fc3
+import re
 import time
 
 import numpy as np
@@ -138,7 +139,7 @@ def rule_text(q: Question) -> str:
     "What passes, as the docstring of the rule says it."
     if q.rule is None:
         return 'there is a prospective trial; nothing here is one (Roberts 2021)'
-    return q.rule.__doc__.removeprefix('Passed if ').partition('. Reads ')[0]
+    return re.sub('^Passed if,? ', '', q.rule.__doc__).partition('. Reads ')[0]
 
 # %% ../../nbs/appendix/questions/readiness.ipynb #7f641537
 def scorecard(
