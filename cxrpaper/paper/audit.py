@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'COVERAGES', 'ENOUGH', 'QUESTIONS', 'PICTURES',
-           'STYLE', 'Brought', 'class_columns', 'as_probabilities', 'class_numbers', 'read_predictions',
+           'STYLE', 'Brought', 'class_columns', 'as_probabilities', 'class_numbers', 'judged_runs', 'read_predictions',
            'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell', 'above', 'needs', 'guessing',
            'each_class', 'leaks', 'attributes_of', 'metadata', 'difference', 'against', 'calibrated', 'reliability',
            'net_benefits', 'useful', 'selective', 'group_gap', 'subgroups', 'doubtful', 'confusions', 'ask',
@@ -115,6 +115,23 @@ def _joined(path, table):  # rows of the predictions, with the columns that only
         refuse(t, t[c].str.strip() == '', c, f'no {c}', 'fill it in')
     return t
 
+# %% ../../nbs/appendix/paper/audit.ipynb #3bba3ff0
+def judged_runs(
+    t: pd.DataFrame, classes: tuple
+) -> list:  # rows of the file -> a table of each training run: y, and where its rows stand
+    "The rows that are judged, run by run, in one order of images; InputError where the runs differ in more than their scores."
+    run = t.run if 'run' in t else t.seed if 'seed' in t else pd.Series('', t.index)
+    tested = t.split.str.lower() == 'test' if 'split' in t else pd.Series(False, t.index)
+    keep = tested if tested.any() else pd.Series(True, t.index)
+    judged = t[keep].assign(run=run[keep], y=class_numbers(t[keep], classes), at=np.flatnonzero(keep))
+    refuse(judged, judged.duplicated(['run', 'image']), 'image', 'the image occurs twice in a run', 'keep one row')
+    runs = [d.sort_values('image') for _, d in judged.groupby('run', sort=False)]
+    same = lambda d: d.image.tolist() == runs[0].image.tolist() and (d.y.values == runs[0].y.values).all()
+    if not all(map(same, runs)):
+        hint = 'judge all runs on the same images'
+        raise InputError('the runs are of other images or labels', file=t.attrs['file'], field='column run', hint=hint)
+    return runs
+
 # %% ../../nbs/appendix/paper/audit.ipynb #b4a676d4
 def read_predictions(
     path,  # csv of predictions
@@ -130,24 +147,9 @@ def read_predictions(
     scores = t[list(columns.values())].apply(pd.to_numeric, errors='coerce')
     for c in scores:
         refuse(t, ~np.isfinite(scores[c]), c, 'not a finite number', 'a model that diverged has no predictions')
-    t['run'] = t.run if 'run' in t else t.seed if 'seed' in t else ''
-    keep = (
-        t.split.str.lower() == 'test'
-        if 'split' in t and (t.split.str.lower() == 'test').any()
-        else pd.Series(True, t.index)
-    )
     p, kind = as_probabilities(scores.to_numpy(float))
-    judged = t[keep].assign(y=class_numbers(t[keep], classes), at=np.flatnonzero(keep))
-    refuse(judged, judged.duplicated(['run', 'image']), 'image', 'the image occurs twice in a run', 'keep one row')
-    runs = [d.sort_values('image') for _, d in judged.groupby('run', sort=False)]
+    runs = judged_runs(t, classes)
     first = runs[0].reset_index(drop=True)
-    if any(d.image.tolist() != first.image.tolist() or (d.y.values != first.y).any() for d in runs):
-        raise InputError(
-            'the runs are of other images or labels',
-            file=t.attrs['file'],
-            field='column run',
-            hint='judge all runs on the same images',
-        )
     whole = np.stack([p[d['at']] for d in runs])
     unit = pd.factorize(first.patient, sort=True)[0]
     about = first[['image', 'patient', *(c for c in ATTRIBUTES if c in first)]]

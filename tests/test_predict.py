@@ -1,0 +1,97 @@
+"Radiographs of one's own, read by a trained model: nothing of a header in what is written, bad files by name, photographs called unlike."
+
+import json
+
+import numpy as np
+import pydicom
+import pytest
+
+from cxrpaper.data.folds import assign_folds
+from cxrpaper.data.phantom import phantom
+from cxrpaper.data.readers import read_cohort
+from cxrpaper.data.store import build_store
+from cxrpaper.paper.commands import predict
+from cxrpaper.paper.predict import load_reading, read_images
+from cxrpaper.runs import InputError, Run, as_parameters
+from cxrpaper.study import notebook_defaults
+from cxrpaper.training.finetune import PROFILES, finetune
+
+PLANTED = ('Doe^Planted', 'ID-PLANTED-77', 'Planted Hospital', 'ACC-PLANTED')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A multi-task run of one epoch on the phantom, the rows that it has not seen, and its store."
+    small = dict(
+        arch='resnet10t', px=64, epochs=1, precision='float32', pretrain='none', multitask=True, decoder_width=16
+    )
+    p = as_parameters(notebook_defaults('finetune') | PROFILES['smoke'] | small)
+    cohort = read_cohort(phantom('smoke'))
+    store = build_store(cohort, p.px, workers=0)
+    folds = assign_folds(cohort.images, n_folds=p.n_folds, seed=p.fold_seed)
+    settings = {k: v for k, v in vars(p).items() if k not in ('run', 'workers', 'data_root')}
+    run = Run(tmp_path_factory.mktemp('run') / 'run', settings, dict(cohort=cohort.digest), code='training.finetune')
+    finetune(run, cohort, store, folds, p)
+    return run.path, cohort, store, np.flatnonzero(folds == 0)
+
+
+def test_nothing_of_a_header_is_in_the_sheet(trained, tmp_path, capsys):
+    run, cohort, _, unseen = trained
+    ds = pydicom.dcmread(cohort.root / cohort.images.path[unseen[0]])
+    ds.PatientName, ds.PatientID, ds.InstitutionName, ds.AccessionNumber = PLANTED
+    (tmp_path / 'Doe_Planted').mkdir()
+    ds.save_as(tmp_path / 'Doe_Planted' / 'ID-PLANTED-77.dcm')
+    predict([str(tmp_path / 'Doe_Planted'), '--run', str(run), '--out', str(tmp_path / 'out')])
+    written = {f.name: f.read_bytes() for f in (tmp_path / 'out').iterdir()}
+    assert set(written) == {'report.html', 'report.json'}
+    said = b''.join(written.values()) + capsys.readouterr().out.split('the report:')[0].encode()
+    for word in (*PLANTED, 'Doe_Planted'):
+        assert word.encode() in (tmp_path / 'Doe_Planted' / 'ID-PLANTED-77.dcm').read_bytes() or word == 'Doe_Planted'
+        assert word.encode() not in said
+    assert 'Research use only' in written['report.html'].decode() and b'http' not in written['report.html']
+    (found,) = json.loads(written['report.json'])['radiographs']
+    assert abs(sum(found['probabilities'].values()) - 1) < 1e-3 and not found['unlike_the_training_images']
+
+
+def test_a_bad_file_is_named_and_the_last_report_stays(trained, tmp_path):
+    run, cohort, _, unseen = trained
+    whole = (cohort.root / cohort.images.path[unseen[0]]).read_bytes()
+    (tmp_path / 'good.dcm').write_bytes(whole)
+    predict([str(tmp_path / 'good.dcm'), '--run', str(run), '--out', str(tmp_path / 'out')])
+    before = (tmp_path / 'out' / 'report.json').read_bytes()
+    (tmp_path / 'cut.dcm').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit, match='cut.dcm'):
+        predict([str(tmp_path / 'cut.dcm'), '--run', str(run), '--out', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit, match='no-run'):
+        predict([str(tmp_path / 'good.dcm'), '--run', str(tmp_path / 'no-run'), '--out', str(tmp_path / 'out')])
+    assert (tmp_path / 'out' / 'report.json').read_bytes() == before
+
+
+def test_what_it_says_is_what_the_run_predicted(trained):
+    "The same radiographs by this door and by the training's own predictions; noise and a photograph's gradient are unlike."
+    import pandas as pd
+
+    run, cohort, store, unseen = trained
+    r = load_reading(run)
+    images = np.stack([store.images[i] for i in unseen[:6]])
+    cases = read_images(r, images)
+    df = pd.read_csv(run / 'predictions.csv', dtype=dict(image=str)).set_index('image')
+    z = r.scaling(df.loc[cohort.images.image[unseen[:6]]])[[f'logit_{k}' for k in range(4)]].to_numpy()
+    p = np.exp(z - z.max(1, keepdims=True))
+    assert np.allclose([c['p'] for c in cases], p / p.sum(1, keepdims=True), atol=1e-4)
+    assert all(c['mask'].shape == (64, 64) and c['cam'].shape == (64, 64) for c in cases)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64), dtype=np.uint8)
+    slope = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (1, 64, 64))
+    assert all(c['unlike'] for c in read_images(r, np.concatenate([noise, slope])))
+
+
+def test_another_corpus_is_refused(trained):
+    run, *_ = trained
+    with pytest.raises(InputError, match='another corpus'):
+        load_reading(run, str(make_other()))
+
+
+def make_other():
+    from cxrpaper.data.phantom import PhantomConfig, write_phantom
+
+    return write_phantom(PhantomConfig(n_patients=12, px=64, seed=5), workers=1)
