@@ -449,7 +449,7 @@ def notebook_of(
     return Path(os.path.normpath(module_file(module).parent / said[1]))
 
 
-BOOK = {'data.cohort': 'data'}  # the other pages have the name of their module
+BOOK = {'data.cohort': 'data', 'paper.scorecard': 'readiness'}  # the other pages have the name of their module
 
 
 def page_of(module: str) -> Path:
