@@ -1,5 +1,6 @@
 "The encoder, its weights and its loss, against references written here by hand."
 
+import errno
 import hashlib
 import http.server
 import threading
@@ -1130,3 +1131,17 @@ def test_frozen_imagenet_features_read_real_radiographs(lite0, raw, capsys):
     with capsys.disabled():
         print('\n' + ', '.join(f'{k} macro AUC {v:.3f}' for k, v in auc.items()))
     assert auc['last map (320)'] > 0.68 and auc['last map (320)'] > auc['view alone'] + 0.06
+
+
+def test_a_full_disk_is_said_and_the_old_weights_stay(tmp_path, monkeypatch):
+    f = tmp_path / 'weights.safetensors'
+    save_weights(Encoder('resnet10t'), f)
+    before = f.read_bytes()
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, 'No space left on device', str(self))
+
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(InputError, match='the disk is full'):
+        save_weights(Encoder('resnet18'), f)
+    assert f.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [f.name]

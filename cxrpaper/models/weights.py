@@ -20,7 +20,7 @@ import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -262,9 +262,8 @@ def save_weights(
     notes = dict(arch=getattr(encoder, 'arch', '')) | (dict(statistics=encoder.statistics) if own else {}) | notes
     with atomic(resolve(path)) as tmp:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(
-            state, str(tmp), metadata=dict(notes=json.dumps(notes, sort_keys=True))
-        )  # one entry: the order of several is not fixed, so the bytes would not be
+        # one entry: the order of several is not fixed, so the bytes would not be; in memory first, so that a full disk is an OSError
+        tmp.write_bytes(save(state, metadata=dict(notes=json.dumps(notes, sort_keys=True))))
     return file_digest(resolve(path))
 
 
