@@ -104,7 +104,9 @@ def test_nothing_planted_is_in_what_a_training_leaves(tree, tmp_path):
     link.symlink_to(tree)
     try:
         papermill('01_data', '-p', 'out', str(tmp_path / 'out' / 'cohort'))
-        settings = dict(arch='resnet10t', px=64, epochs=1, batch_size=8, run=tmp_path / 'out' / 'run', workers=1)
+        settings = dict(
+            arch='resnet10t', pretrain='none', px=64, epochs=1, batch_size=8, run=tmp_path / 'out' / 'run', workers=1
+        )
         papermill('04_finetune', *(str(w) for k, v in settings.items() for w in ('-p', k, v)))
     finally:
         link.unlink()

@@ -223,7 +223,7 @@ def measure_start() -> float:
         execute_notebook(
             str(page_of('training.finetune')),
             f'{folder}/04_finetune.ipynb',
-            dict(arch='resnet10t', px=32, epochs=1, run=run),
+            dict(arch='resnet10t', pretrain='none', px=32, epochs=1, run=run),
             progress_bar=False,
             log_level='ERROR',
         )
