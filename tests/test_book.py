@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from cxrpaper.paper.contents import page_facts
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'nbs' / 'index.ipynb', *sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
 name = lambda p: p.stem
@@ -24,11 +26,11 @@ def source(c):
 
 
 def words(page):
-    return sum(len(source(c).split()) for c in cells(page, 'markdown'))
+    return page_facts(page)['words']
 
 
 def lines(page):
-    return sum(1 for c in cells(page, 'code') for line in source(c).splitlines() if line.strip())
+    return page_facts(page)['lines']
 
 
 def shown(page):  # everything that its outputs say

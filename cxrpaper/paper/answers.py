@@ -47,7 +47,7 @@ ASKED = dict(  # question of the plan -> table, the question of its rows, the mo
     pretraining=('table4', 'ImageNet', ('MoCo, single-task', 'inpainting, single-task')),
 )
 
-
+# %% ../../nbs/appendix/paper/answers.ipynb #8533f028
 def differences_of(
     e: Evidence,
     question: str,  # a key of ASKED

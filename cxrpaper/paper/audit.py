@@ -6,10 +6,10 @@
 __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'COVERAGES', 'ENOUGH', 'QUESTIONS', 'PICTURES',
            'STYLE', 'Brought', 'class_columns', 'as_probabilities', 'class_numbers', 'judged_runs', 'read_predictions',
            'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell', 'above', 'needs', 'guessing',
-           'each_class', 'leaks', 'attributes_of', 'metadata', 'difference', 'against', 'calibrated', 'reliability',
-           'net_benefits', 'useful', 'selective', 'group_gap', 'subgroups', 'doubtful', 'confusions', 'ask',
-           'picture_performance', 'picture_decisions', 'draw_confusions', 'picture_subgroups', 'html_table',
-           'report_html', 'audit']
+           'each_class', 'leaks', 'attributes_of', 'metadata', 'macro_auc', 'difference', 'against', 'calibrated',
+           'reliability', 'net_benefits', 'useful', 'selective', 'group_gap', 'subgroups', 'doubtful', 'confusions',
+           'ask', 'picture_tag', 'picture_performance', 'picture_decisions', 'draw_confusions', 'picture_subgroups',
+           'html_table', 'page_html', 'report_html', 'audit']
 
 # %% ../../nbs/appendix/paper/audit.ipynb #39a77fea
 import base64
@@ -33,7 +33,7 @@ from cxrpaper.evaluation.metrics import (
     running_sum,
     softmax,
 )
-from ..runs import InputError, atomic, atomic_dir, file_digest, rng, show_path, write_csv
+from ..runs import InputError, atomic_dir, file_digest, show_path, write_csv, write_json
 
 # %% ../../nbs/appendix/paper/audit.ipynb #97fb174f
 ATTRIBUTES = ('view', 'sex', 'age', 'site', 'detector', 'source')
@@ -285,12 +285,15 @@ def metadata(b, how, tables):
     )
 
 # %% ../../nbs/appendix/paper/audit.ipynb #08556ba6
+def macro_auc(y, p, w) -> np.ndarray:  # (N,), (N,K), (N,B) -> (B,)
+    "The plain mean of the AUCs of all classes."
+    return np.mean([auc(y == k, p[:, k], w) for k in range(p.shape[1])], 0)
+
+
 def difference(a: Brought, b: Brought, how: Resampling) -> pd.Series:
     "Macro AUC of A minus that of B on the same resampled patients (`estimated_difference`)."
-    macro = lambda m: (
-        lambda y, p, w: {'macro AUC': np.mean([auc(y == k, p[:, k], w) for k in range(len(m.classes))], 0)}
-    )
-    pair = [tuple(v['macro AUC'] for v in resampled(m, how, macro(m))) for m in (a, b)]
+    macro = lambda *of: {'macro AUC': macro_auc(*of)}
+    pair = [tuple(v['macro AUC'] for v in resampled(m, how, macro)) for m in (a, b)]
     return pd.Series(dict(metric='macro AUC') | estimated_difference(*pair, carrying(a, 'macro AUC'), how))
 
 # %% ../../nbs/appendix/paper/audit.ipynb #96e12c52
@@ -389,7 +392,7 @@ def group_gap(
     few = min(len(np.unique(b.unit[s & (b.y == k)])) for s in (inside, ~inside) for k in range(len(b.classes)))
     if few < ENOUGH:
         return {}
-    macro = lambda i, p, w: np.mean([auc(b.y[i] == k, p[i, k], w[i]) for k in range(len(b.classes))], 0)
+    macro = lambda i, p, w: macro_auc(b.y[i], p[i], w[i])
     gap = lambda w: np.mean([macro(inside, p, w) - macro(~inside, p, w) for p in b.p], 0)
     value, drawn = float(gap(np.ones((len(b.y), 1)))[0]), np.concatenate([gap(w) for w in b.weights(how)])
     lo, hi, _ = how.interval(drawn)
@@ -482,11 +485,12 @@ def ask(b: Brought, how: Resampling, other: Brought = None, progress: bool = Fal
     return pd.DataFrame(rows), tables
 
 # %% ../../nbs/appendix/paper/audit.ipynb #9bd703d5
-def _picture(fig) -> str:  # an img tag that holds its image
+def picture_tag(fig, dpi: int = 130) -> str:
+    "An img tag that holds its image; its alternative text is the label of the figure."
     import matplotlib.pyplot as plt
 
     with io.BytesIO() as f:
-        fig.savefig(f, format='png', dpi=130, bbox_inches='tight')
+        fig.savefig(f, format='png', dpi=dpi, bbox_inches='tight')
         data = base64.b64encode(f.getvalue()).decode()
     plt.close(fig)
     return f'<img alt="{html.escape(fig.get_label())}" src="data:image/png;base64,{data}">'
@@ -569,6 +573,12 @@ def html_table(t: pd.DataFrame) -> str:
     )
     return f'<table><tr>{head}</tr>{"".join(f"<tr>{line(r)}</tr>" for r in plain.to_numpy())}</table>'
 
+
+def page_html(title: str, style: str, parts: list) -> str:  # title and parts are escaped already
+    "A page that needs nothing from elsewhere."
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return f'<!doctype html><html lang="en">{head}<style>{style}</style><body>{"".join(parts)}</body></html>'
+
 # %% ../../nbs/appendix/paper/audit.ipynb #dfd56c91
 def report_html(b: Brought, card: pd.DataFrame, tables: dict, about: dict) -> str:
     "One self-contained page."
@@ -580,7 +590,7 @@ def report_html(b: Brought, card: pd.DataFrame, tables: dict, about: dict) -> st
     parts = [
         f'<h1>Audit of {title}</h1><p>{html.escape(facts)}</p><p><b>{html.escape(counted)}.</b> Research use only: no question here replaces a trial on patients.</p>',
         '<h2>Questions, rules, answers</h2>' + html_table(card),
-        *(_picture(f) for draw in PICTURES if (f := draw(b, tables)) is not None),
+        *(picture_tag(f) for draw in PICTURES if (f := draw(b, tables)) is not None),
         '<h2>Every metric</h2>'
         + html_table(tables['performance'][['metric', 'value', 'lo', 'hi', 'n', 'patients', 'runs']]),
     ]
@@ -588,7 +598,7 @@ def report_html(b: Brought, card: pd.DataFrame, tables: dict, about: dict) -> st
         if name in tables and len(tables[name]):
             parts.append(f'<h2>{heading}</h2>' + html_table(tables[name][:20]))
     parts.append(f'<h2>Provenance</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre>')
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Audit of {title}</title><style>{STYLE}</style><body>{"".join(parts)}</body></html>'
+    return page_html(f'Audit of {title}', STYLE, parts)
 
 # %% ../../nbs/appendix/paper/audit.ipynb #4b5a49ad
 def audit(
@@ -612,8 +622,6 @@ def audit(
     with atomic_dir(out) as d:
         for name, t in (tables | dict(scorecard=card)).items():
             write_csv(d / f'{name}.csv', t)
-        with atomic(d / 'report.html') as f:
-            f.write_text(page, encoding='utf-8')
-        with atomic(d / 'provenance.json') as f:
-            f.write_text(json.dumps(about, indent=1))
+        (d / 'report.html').write_text(page, encoding='utf-8')
+        write_json(d / 'provenance.json', about)
     return card

@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNLIKE', 'NOTICE', 'Reading', 'map_means', 'load_reading', 'on_grid', 'set_of', 'read_images', 'sheet_figure',
-           'picture_tag', 'facts_of', 'sheet_html', 'read_radiographs']
+           'facts_of', 'sheet_html', 'read_radiographs']
 
 # %% ../../nbs/appendix/paper/predict.ipynb #46e14353
-import base64
 import html
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +16,18 @@ import pandas as pd
 import torch
 from sklearn.covariance import LedoitWolf
 
-from ..data.dicom import read_radiograph
 from ..data.folds import assign_folds
 from ..data.phantom import phantom
 from ..data.readers import find_radiographs, read_cohort
-from ..data.store import Store, build_store, squash
+from ..data.store import Store, build_store, decode
 from ..evaluation.metrics import probabilities
+from ..evaluation.predictions import load_predictions
 from ..models.nets import autocast_for, precision_of
+from .audit import page_html, picture_tag
 from ..questions.calibration import Scaling, fit_temperature
 from ..questions.decisions import conformal_sets
 from ..questions.saliency import grad_cam
-from ..runs import InputError, atomic, atomic_dir, digest, load_run, resolve, show_path
+from ..runs import InputError, atomic_dir, digest, load_run, show_path, write_json
 from ..schema import CLASSES, LOGITS
 from ..training.finetune import load_model, predict, split_rows
 from ..training.loop import Batches, evaluating
@@ -81,7 +79,7 @@ def load_reading(
     usual = LedoitWolf().fit(means['train'])
     far = float(np.quantile(usual.mahalanobis(means['val']), UNLIKE))
     bank = means['train'][:, -model.encoder.channels[-1] :]
-    df = pd.read_csv(resolve(run) / 'predictions.csv', dtype={k: str for k in ('image', 'study', 'patient', 'group')})
+    df = load_predictions(run)
     validation = df[df.split == 'val'].reset_index(drop=True)
     about = dict(validation=validation, scaling=fit_temperature(validation), store=store)
     about |= dict(labels=cohort.images.label.to_numpy(), train=rows['train'], bank=bank, usual=usual, far=far)
@@ -90,7 +88,7 @@ def load_reading(
 # %% ../../nbs/appendix/paper/predict.ipynb #7bbc5adc
 def on_grid(path, px: int) -> np.ndarray:  # (px,px) uint8
     "A DICOM, PNG or JPEG file as the model takes it; InputError where it cannot be read."
-    return np.rint(squash(read_radiograph(path), px) * 255).astype(np.uint8)
+    return decode(dict(file=path, mask_file='', boxes=[], height=0, width=0), px)[0]
 
 
 def set_of(
@@ -130,7 +128,8 @@ def sheet_figure(r: Reading, case: dict):  # matplotlib Figure
     "The radiograph, the evidence for the decided class, the mask if the model draws one, and the nearest training images."
     import matplotlib.pyplot as plt
 
-    fig, axs = plt.subplots(1, 6 if case['mask'] is not None else 5, figsize=(10, 2.2), layout='constrained')
+    n, about = 6 if case['mask'] is not None else 5, 'radiograph, evidence and nearest training images'
+    fig, axs = plt.subplots(1, n, figsize=(10, 2.2), layout='constrained', label=about)
     panels = {'radiograph': case['image'], f'Grad-CAM: {CLASSES[case["p"].argmax()]}': case['cam']}
     panels |= {} if case['mask'] is None else {'mask': case['mask']}
     for ax, (title, top) in zip(axs, panels.items()):
@@ -145,16 +144,6 @@ def sheet_figure(r: Reading, case: dict):  # matplotlib Figure
         ax.set_axis_off()
     return fig
 
-
-def picture_tag(fig) -> str:
-    "An img tag that holds its image."
-    import matplotlib.pyplot as plt
-
-    with io.BytesIO() as f:
-        fig.savefig(f, format='png', dpi=110)
-        plt.close(fig)
-        return f'<img alt="radiograph, evidence and nearest training images" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
-
 # %% ../../nbs/appendix/paper/predict.ipynb #de02fcfb
 def facts_of(case: dict) -> dict:  # plain types: what the sheet and the json say
     "What was found in one radiograph."
@@ -167,20 +156,19 @@ def facts_of(case: dict) -> dict:  # plain types: what the sheet and the json sa
     )
 
 
-def sheet_html(r: Reading, cases: list) -> str:
+def sheet_html(r: Reading, cases: list, facts: list) -> str:  # from `read_images`; `facts_of` each
     "One self-contained page."
     parts = [f'<h1>Radiographs, read by {html.escape(Path(r.run).name)}</h1><p><b>{NOTICE}</b></p>']
-    for k, case in enumerate(cases, 1):
-        f = facts_of(case)
+    for k, (case, f) in enumerate(zip(cases, facts), 1):
         said = ', '.join(f'{c} {v:.2f}' for c, v in f['probabilities'].items())
         warning = (
             '<p class="warn">Unlike the training images: what follows means nothing.</p>' if case['unlike'] else ''
         )
         held = ', '.join(case['set']) or 'nothing: the image fits no class'
         parts.append(f'<h2>{k} ({f["pixels"]})</h2>{warning}<p>{said}. Cannot be excluded (90 %): {held}.</p>')
-        parts.append(picture_tag(sheet_figure(r, case)))
+        parts.append(picture_tag(sheet_figure(r, case), dpi=110))
     style = 'body{font:15px system-ui;max-width:62em;margin:2em auto;padding:0 1em}img{max-width:100%}.warn{color:#B34700;font-weight:600}'
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Radiographs</title><style>{style}</style><body>{"".join(parts)}</body></html>'
+    return page_html('Radiographs', style, parts)
 
 # %% ../../nbs/appendix/paper/predict.ipynb #41a41111
 def read_radiographs(
@@ -196,10 +184,8 @@ def read_radiographs(
     facts = [facts_of(c) for c in cases]
     if progress:
         print(f'{len(files)} read, {sum(f["unlike_the_training_images"] for f in facts)} unlike the training images')
-    page = sheet_html(r, cases)
+    page = sheet_html(r, cases, facts)
     with atomic_dir(out) as d:
-        with atomic(d / 'report.html') as f:
-            f.write_text(page, encoding='utf-8')
-        with atomic(d / 'report.json') as f:
-            f.write_text(json.dumps(dict(notice=NOTICE, run=r.run, radiographs=facts), indent=1))
+        (d / 'report.html').write_text(page, encoding='utf-8')
+        write_json(d / 'report.json', dict(notice=NOTICE, run=r.run, radiographs=facts))
     return facts
