@@ -18,7 +18,9 @@ UV := .uv/bin/uv
 BIN := .venv/bin
 # one `make paper` at a time: the kernel drops flock's lock when it is killed, Snakemake's own would stay; jobs do not inherit it (--close), a job left over has a lock of its own
 LOCKED = $(shell command -v flock >/dev/null && echo flock --nonblock --close --conflict-exit-code 75 Snakefile)
-SNAKEMAKE = $(LOCKED) $(BIN)/snakemake --nolock $(WHERE) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs $(MORE)
+# jobs on this machine are copies of one process that has imported PyTorch and the rest (nbs/appendix/machine/warm.ipynb)
+WARM = $(if $(and $(filter local,$(EXECUTOR)),$(filter Linux,$(shell uname -s))),$(BIN)/cxr_warm)
+SNAKEMAKE = $(LOCKED) $(WARM) $(BIN)/snakemake --nolock $(WHERE) --config study=config/$(PROFILE).yaml --rerun-incomplete --keep-going --show-failed-logs $(MORE)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # kernels choose how pictures get into a page: with a backend named here none would
 unexport MPLBACKEND
@@ -41,7 +43,7 @@ endef
 paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, PROFILE=open after make data, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)
 	$(link)
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
-	@echo "done: tables and figures are in figures/, executed notebooks in runs/$(PROFILE)/"
+	@echo "done: runs/$(PROFILE)/results.ipynb shows every table and figure; the files are in $$(sed -n 's/^figures: *\([^ #]*\).*/\1/p' config/$(PROFILE).yaml)/"
 
 data: .venv/installed ## the open corpus, without an account: PARTS of NIH's twelve archives (2 GB the first, 45 GB all) and the RSNA's reads, into data/open
 	@$(BIN)/papermill --log-level WARNING nbs/appendix/data/fetch.ipynb data/fetch.ipynb -p parts $(PARTS) -p download True
@@ -85,8 +87,8 @@ lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for 
 	$(PYTHON) tests/requirements.py | $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --custom-compile-command 'make lock' --quiet --output-file requirements.lock -
 
-bench: .venv/installed ## throughput of decoding, augmentation and training
-	$(BIN)/python -m pytest -q -s tests/benchmark.py
+bench: .venv/installed ## what is fast, against what: figures/benchmarks/benchmarks.md (ten minutes alone on two cores; MORE="steps moco" measures those only)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python tests/benchmark.py $(MORE)
 
 clean: ## remove runs, data made here and caches (not .venv, not figures)
 	rm -rf runs data .snakemake .pytest_cache nbs/.ipynb_checkpoints

@@ -22,7 +22,7 @@ PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining']
 def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []
 
 # A job that an interrupted study has left running on a cluster is waited for, not doubled.
-PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; papermill --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
+PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/dev/null || flock 8; export OMP_NUM_THREADS={threads}; cxr_papermill --engine cxr-job --no-progress-bar --log-level WARNING {input.nb} {output}.tmp -y {params.y} >{log} 2>&1 '
              '&& mkdir -p $(dirname {output}) && mv {output}.tmp {output}')
 # What runs without a GPU computes with the instruction sets that every x86-64 processor of the last ten years has, so that they do not decide what it finds; what is set by hand wins.
 if profile != 'study':
@@ -45,7 +45,10 @@ fi; """ + PAPERMILL
 # for SLURM: memory for the libraries and for batches of px x px, minutes; a retry gets more of both and goes on from the last checkpoint
 COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, open=240, study=720)[profile])
 
+MINUTES = dict(smoke=8, phantom=16, open=100) # measured on two cores, with nothing else running (figures/benchmarks)
 onstart:
+    print(f"{study['name']}: {len(MODELS)} trainings after {len(PRETRAINED)} pre-trainings" + (f", about {MINUTES[study['name']]} minutes on two cores" if study['name'] in MINUTES else ' (make plan says how long)') +
+          f". Figure 1 comes first: {study['figures']}/figure1.png. What runs stands below, with its log", flush=True)
     gpus = workflow.global_resources.get('gpu') # of this machine, as `make paper` counts them
     if gpus and gpus.value is not None and gpus.value < study['gpus']:
         raise WorkflowError(f"{STUDY} takes {study['gpus']} GPU a training and this machine has {gpus.value}. "
@@ -71,6 +74,7 @@ if PHANTOM:
         shell: CPU
 
 rule cohort:
+    priority: 2
     input: nb=page('data.cohort'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
     params: code=code('data.cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
@@ -172,6 +176,7 @@ if EVALUATED:
         shell: CPU
 
 rule diagram:
+    priority: 2 # something to look at
     input: nb=page('paper.diagram'), study=STUDY, data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/diagram.ipynb'
     params: code=[code(m) for m in ('paper.diagram', *PRETRAINING.values(), 'training.finetune')], y=yaml_for(study=STUDY, out=study['figures'], missing='error') # it shows the defaults of three notebooks

@@ -19,7 +19,10 @@ setup(
     packages=find_packages(include=['cxrpaper*']),
     install_requires=s['requirements'].split(),
     extras_require=dict(dev=s['dev_requirements'].split()),
-    entry_points=dict(
-        nbdev=[f"{s['lib_name']}={s['lib_name']}._modidx:d"], console_scripts=s['console_scripts'].split()
-    ),
+    entry_points={
+        'nbdev': [f"{s['lib_name']}={s['lib_name']}._modidx:d"],
+        'console_scripts': s['console_scripts'].split(),
+        'papermill.engine': ['cxr-job=cxrpaper.jobs:Engine'],
+        'jupyter_client.kernel_provisioners': ['cxr-warm=cxrpaper.warm:provisioner'],
+    },
 )

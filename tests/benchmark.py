@@ -1,79 +1,472 @@
-"Throughput of decoding, batches and training: `make bench`. Ratios are measured interleaved, with their spread; absolute figures belong to the machine."
+"""What is fast and what it is compared with: `make bench` writes figures/benchmarks.md. `python tests/benchmark.py steps moco` measures those only, and keeps the rest.
 
+Everything is a ratio of two things that alternate in one run, each with the lowest and the highest; absolute figures belong to the machine. Nothing here is a test: a slow machine is no fault."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import psutil
 import torch
 
-from cxrpaper.data.dicom import read_radiograph
-from cxrpaper.data.phantom import phantom
+from cxrpaper.data.folds import near_duplicates
+from cxrpaper.data.phantom import Exposure, dicom_header, draw_radiograph, write_dicom
 from cxrpaper.data.readers import read_cohort
-from cxrpaper.data.store import build_store, squash
-from cxrpaper.models.losses import BalancedCE
-from cxrpaper.models.nets import Classifier, Encoder, autocast_for, fastest
-from cxrpaper.runs import torch_generator
-from cxrpaper.training.augment import PRESETS, augment
-from cxrpaper.training.loop import Batches
+from cxrpaper.data.store import build_store
+from cxrpaper.evaluation.metrics import Resampling, evaluate
+from cxrpaper.evaluation.report import STYLE, write_figure, write_table
+from cxrpaper.evaluation.rows import differences, evaluate_seeds
+from cxrpaper.runs import KERNELS, project_root, provenance, resolve, rng
+from cxrpaper.schema import LOGITS
+from cxrpaper.training.throughput import Timing, all_params, learner, made_up
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+BIN = Path(sys.executable).parent
+PX = dict(cuda=512, cpu=96)[DEVICE]
+
+
+def now():
+    if DEVICE == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds(f):
-    "Seconds of one call, the device's work included."
-    if DEVICE == 'cuda':
-        torch.cuda.synchronize()
-    t = time.perf_counter()
+    start = now()
     f()
-    if DEVICE == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - t
+    return now() - start
 
 
-def interleaved(a, b, n=7):
-    "Times of a and b, one after the other, n times after a warm-up: medians and (lowest, middle, highest) of b/a."
-    a()
-    b()
-    t = np.array([(seconds(a), seconds(b)) for _ in range(n)])
-    return np.median(t, 0), np.percentile(t[:, 1] / t[:, 0], (0, 50, 100))
+def interleaved(ours, other, n=5):
+    "Seconds of both, one after the other, n times after a first time that does not count."
+    ours()
+    other()
+    return np.array([(seconds(ours), seconds(other)) for _ in range(n)])
 
 
-def data(px=128):
-    cohort = read_cohort(phantom('smoke'))
-    return cohort, build_store(cohort, px, workers=0)
-
-
-def test_the_store_is_faster_than_decoding_each_epoch():
-    cohort, store = data()
-    rows = np.arange(64)
-    from_store = lambda: [x for x, _ in Batches(store.images, rows, cohort.images.label.values, 16)]
-    from_files = lambda: [squash(read_radiograph(cohort.root / p), 128) for p in cohort.images.path[:64]]
-    (a, b), (lo, mid, hi) = interleaved(from_store, from_files)
-    print(
-        f'\nstore {64 / a:,.0f} images/s, DICOM files {64 / b:,.0f} images/s: {mid:.0f} times as fast ({lo:.0f} to {hi:.0f})'
+def row(what, other, t, unit, amount, goal=None, note=''):
+    "A line of the table: t (n, 2) seconds of ours and of the other for `amount` of `unit`; the ratio is of rates."
+    ratio = t[:, 1] / t[:, 0]
+    ours, theirs = amount / np.median(t, 0)
+    return dict(
+        what=what,
+        against=other,
+        ours=ours,
+        other=theirs,
+        unit=f'{unit}/s',
+        ratio=float(np.median(ratio)),
+        lo=float(ratio.min()),
+        hi=float(ratio.max()),
+        n=len(t),
+        goal=goal,
+        note=note,
     )
-    assert mid > 10
 
 
-def test_training_step():
-    "A step with augmentation on the device against the step alone: augmentation must not be what one waits for."
-    cohort, store = data()
-    torch.manual_seed(0)
-    model, loss = fastest(Classifier(Encoder('tf_efficientnet_lite0')), DEVICE).train(), BalancedCE().to(DEVICE)
-    opt = torch.optim.AdamW(model.parameters())
-    x, y = next(iter(Batches(store.images, np.arange(32), cohort.images.label.values, 32, DEVICE)))
+def once(what, took, unit, amount, goal=None, note=''):
+    "A line without a counterpart; `goal`: seconds."
+    return dict(what=what, ours=amount / took, unit=f'{unit}/s', seconds=took, n=1, goal=goal, note=note)
 
-    def step(how):
-        z = x.float().div_(255)
-        if how:
-            z = augment(z, generator=torch_generator(0, 'bench', device=DEVICE), how=PRESETS[how])[0]
+
+# a job ------------------------------------------------------------------------------------------------------------
+
+
+def jobs():
+    "Start of a job, up to the imports of a training: a copy of the warm process against a process of its own."
+    import nbformat
+
+    env = os.environ | KERNELS | {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}
+    env = {k: v for k, v in env.items() if k != 'MPLBACKEND'} | dict(PATH=f"{BIN}:{env['PATH']}")
+    with tempfile.TemporaryDirectory() as d:
+        page = nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(name='python3', display_name='', language='py')))
+        page.cells = [nbformat.v4.new_code_cell('import cxrpaper.training.finetune')]
+        nbformat.write(page, f'{d}/page.ipynb')
+        ask = f"from cxrpaper.warm import warm; warm(['sh', '-c', 'echo $CXRPAPER_WARM >{d}/socket; exec sleep 3600'])"
+        server = subprocess.Popen([sys.executable, '-c', ask], env=env)
+        while not Path(f'{d}/socket').exists() or not (at := Path(f'{d}/socket').read_text().strip()):
+            time.sleep(0.1)
+
+        def run(socket):
+            command = [BIN / 'cxr_papermill', '--no-progress-bar', f'{d}/page.ipynb', f'{d}/out.ipynb']
+            subprocess.run(command, env=env | dict(CXRPAPER_WARM=socket), check=True, capture_output=True)
+
+        t = interleaved(lambda: run(at), lambda: run('/none'))
+        server.terminate()
+        server.wait()
+    yield row('job: papermill, kernel, imports', 'the same without a warm process', t, 'jobs', 1)
+
+
+# training ----------------------------------------------------------------------------------------------------------
+
+
+def bare_step(p):
+    "A PyTorch loop on one batch that lies on the device: no data, no augmentation, no records."
+    from cxrpaper.models.nets import autocast_for, fastest
+    from cxrpaper.training.finetune import make_loss, make_model
+
+    images = made_up(p.px, p.batch_size)
+    model, loss = fastest(make_model(p)[0], DEVICE).train(), make_loss(p, images.labels).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    x = torch.from_numpy(images.images[:, None]).to(DEVICE).float() / 255
+    y = torch.from_numpy(images.labels).to(DEVICE)
+
+    def step():
         with autocast_for(DEVICE):
-            l = loss(model(z), y)
+            l = loss(model(x), y)
         l.backward()
-        opt.step()
-        opt.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    (a, b), (lo, mid, hi) = interleaved(lambda: step(None), lambda: step('light'))
-    print(
-        f'\n{DEVICE}: {32 / a:,.0f} images/s alone, {32 / b:,.0f} with augmentation: {mid:.2f} times the time ({lo:.2f} to {hi:.2f})'
+    return step
+
+
+def steps():
+    "Fine-tuning from store to optimiser, records included, against a bare loop."
+    for arch in dict(cuda=('densenet121', 'tf_efficientnet_lite0'), cpu=('tf_efficientnet_lite0', 'resnet18'))[DEVICE]:
+        p = all_params('finetune', dict(profile='smoke', arch=arch, pretrain='none', px=PX, batch_size=32))
+        step, n, timing = bare_step(p), 4, Timing()
+        with tempfile.TemporaryDirectory() as d:
+            learn = learner('finetune', p, DEVICE, Path(d) / 'checkpoint', n * p.batch_size, timing)
+            learn.lr = 1e-5
+            for watching in learn.cbs:
+                watching.progress = False
+
+            def ours():
+                (Path(d) / 'checkpoint').unlink(missing_ok=True)
+                learn.fit(1)
+
+            t = interleaved(ours, lambda: [step() for _ in range(n)], 7)
+            t[:, 0] = [s for s, _ in timing.seconds[-7:]]  # training only: the bare loop does not validate
+        name = f'training {arch}, {PX} px, batch {p.batch_size}'
+        yield row(name, 'bare PyTorch loop, resident batch', t, 'images', n * p.batch_size, 0.97)
+
+
+def moco():
+    "A step of MoCo against lightly's, as its documentation writes it: views drawn by PIL in worker processes."
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.transforms import MoCoV2Transform
+    from PIL import Image
+
+    from cxrpaper.models.nets import Encoder
+
+    arch, batch, n, K = 'tf_efficientnet_lite0', 16, 6, 128
+    given = dict(profile='smoke', arch=arch, pretrain='none', px=PX, batch_size=batch, queue=K)
+    p, timing = all_params('moco', given), Timing()
+
+    class Films(torch.utils.data.Dataset):
+        images, transform = made_up(PX, n * batch).images, MoCoV2Transform(input_size=PX)
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, i):
+            return self.transform(Image.fromarray(self.images[i]).convert('RGB'))
+
+    query, key = Encoder(arch).to(DEVICE).train(), Encoder(arch).to(DEVICE).train()
+    width = query(torch.zeros(2, 1, PX, PX, device=DEVICE))[-1].shape[1]
+    heads = [MoCoProjectionHead(width, width, p.dim).to(DEVICE) for _ in range(2)]
+    deactivate_requires_grad(key), deactivate_requires_grad(heads[1])
+    loss = NTXentLoss(temperature=p.temperature, memory_bank_size=(K, p.dim)).to(DEVICE)
+    optimizer = torch.optim.SGD([*query.parameters(), *heads[0].parameters()], lr=1e-5, momentum=0.9)
+    loader = torch.utils.data.DataLoader(
+        Films(), batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
     )
-    assert mid < 1.5
+    features = lambda e, h, x: h(e(x[:, :1].to(DEVICE))[-1].mean((2, 3)))
+
+    def theirs():
+        for a, b in loader:
+            update_momentum(query, key, 0.999), update_momentum(*heads, 0.999)
+            with torch.no_grad():
+                k = features(key, heads[1], b)
+            loss(features(query, heads[0], a), k).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as d:
+        learn = learner('moco', p, DEVICE, Path(d) / 'checkpoint', n * batch, timing)
+        learn.lr = 1e-5
+        for watching in learn.cbs:
+            watching.progress = False
+
+        def ours():
+            (Path(d) / 'checkpoint').unlink(missing_ok=True)
+            learn.fit(1)
+
+        t = interleaved(ours, theirs)
+        t[:, 0] = [s for s, _ in timing.seconds[-len(t) :]]
+    yield row(f'MoCo {arch}, {PX} px, batch {batch}', 'lightly, two workers', t, 'images', n * batch, 1.2)
+
+
+# from DICOM to the store -------------------------------------------------------------------------------------------
+
+
+def as_jpeg_lossless(file):
+    "Process 14, selection value 1, by GDCM: the phantom's own encoders do not write it."
+    import gdcm
+
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(file))
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    assert reader.Read()
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(file))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+
+
+def large_films(folder, syntax, n, size=(2544, 3028), bits=12):
+    "n DICOM files of a chest phantom, each with an identity of its own."
+    import pydicom
+
+    who = pd.Series(
+        dict(vendor=0, view='PA', sex='F', age=50, site=0, patient='p', study='1', image='1', shot=0)
+        | dict(height=size[0], width=size[1])
+    )
+    header = dicom_header(who)
+    film, _, _ = draw_radiograph('typical', 0, size, of=Exposure(0, 0))
+    write_dicom(folder / '0.dcm', header, film, bits, syntax='explicit' if syntax == 'jpeg lossless' else syntax)
+    if syntax == 'jpeg lossless':
+        as_jpeg_lossless(folder / '0.dcm')
+    ds = pydicom.dcmread(folder / '0.dcm')
+    for k in range(1, n):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'2.25.{k + 1}'
+        ds.PatientID = f'p{k}'
+        ds.save_as(folder / f'{k}.dcm')
+    return [str(folder / f'{k}.dcm') for k in range(n)]
+
+
+def only_decode(file):
+    from pydicom.pixels import pixel_array
+
+    return int(pixel_array(file).max())
+
+
+def usual(file, out):
+    "The recipe of most notebooks."
+    import pydicom
+    from PIL import Image
+    from pydicom.pixels import apply_voi_lut
+
+    ds = pydicom.dcmread(file)
+    x = apply_voi_lut(ds.pixel_array, ds).astype(float)
+    x = (x - x.min()) / (x.max() - x.min())
+    Image.fromarray((x * 255).astype(np.uint8)).resize((512, 512), Image.LANCZOS).save(out)
+
+
+def ingest():
+    "Radiographs of 2544 x 3028 pixels, 12 bit: the store against the decoder alone and against the usual recipe, two processes each."
+    from joblib import Parallel, delayed
+
+    for syntax, n in (('explicit', 48), ('rle', 48), ('jpeg lossless', 48), ('jpeg2000', 24)):
+        with tempfile.TemporaryDirectory() as d, Parallel(n_jobs=2) as pool:
+            d = Path(d)
+            (d / 'films').mkdir()
+            files = large_films(d / 'films', syntax, n)
+            cohort, k = read_cohort(d / 'films', adapter='folder'), iter(range(1000))
+
+            def ours():
+                build_store(cohort, 512, d / f'store{next(k)}' / 's', workers=2)
+
+            decoder = lambda: pool(delayed(only_decode)(f) for f in files)
+            recipe = lambda: pool(delayed(usual)(f, d / f'{Path(f).stem}.png') for f in files)
+            t = interleaved(ours, decoder, 3)
+            yield row(f'store of {syntax}', 'pydicom, decoding only', t, 'images', n, 0.9)
+            yield row(f'store of {syntax}', 'VOI LUT, min-max, PIL, PNG', interleaved(ours, recipe, 3), 'images', n, 2)
+
+
+# evaluation --------------------------------------------------------------------------------------------------------
+
+
+def predictions(n, seed, skill=1.0):
+    "Of a model that does not exist, on n images of n/2 patients."
+    r, who = rng(0, 'bench', n), np.arange(n) // 2
+    y = r.integers(0, 4, n // 2 + 1)[who]
+    z = rng(seed, 'logits', n).normal(size=(n, 4)) + skill * np.eye(4)[y]
+    ids = dict(image=[f'i{k}' for k in range(n)], study=[f's{k}' for k in who], patient=[f'p{k}' for k in who])
+    df = pd.DataFrame(ids | dict(group=ids['patient'], fold=who % 5, split='test', label=y))
+    return df.assign(**dict(zip(LOGITS, z.T)))
+
+
+def evaluation():
+    "Tables of a study of SIIM's size: six rows of five runs each, and their comparisons."
+    rows = {f'method {k}': [predictions(6000, 10 * k + s, 1 + 0.02 * k) for s in range(5)] for k in range(6)}
+    how = Resampling()
+
+    def tables():
+        for frames in rows.values():
+            evaluate_seeds(frames, list(range(5)), how)
+        first, *others = rows
+        differences(rows, [(k, first, 'multitask') for k in others], how)
+
+    note = f'{how.n_boot if hasattr(how, "n_boot") else ""} resamples of patients, five runs of each method'
+    yield once('table of 6,000 images, 6 methods x 5 runs', seconds(tables), 'tables', 1, 180, note)
+    hashes = rng(0, 'hashes').integers(0, 2**63, (100_000, 13)).astype(np.uint64)
+    hashes[1::1000] = hashes[::1000]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took = seconds(lambda: near_duplicates(hashes))
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    yield once('search for copies among 100,000 images', took, 'images', 100_000, None, f'{more:.0f} MiB more memory')
+
+
+# how cost grows ----------------------------------------------------------------------------------------------------
+
+
+def exponent(n, t):
+    "Of the power that the last three points follow."
+    return float(np.polyfit(np.log(n[-3:]), np.log(t[-3:]), 1)[0])
+
+
+def scaling():
+    "One figure: cost against size, with the exponent of the last three points."
+    from matplotlib import pyplot as plt
+
+    def store_seconds(n):
+        with tempfile.TemporaryDirectory() as d:
+            (Path(d) / 'films').mkdir()
+            large_films(Path(d) / 'films', 'explicit', n, (256, 256))
+            cohort = read_cohort(Path(d) / 'films', adapter='folder')
+            return seconds(lambda: build_store(cohort, 64, Path(d) / 'store' / 's', workers=0))
+
+    def step_seconds(kind, **given):
+        p, timing = all_params(kind, dict(profile='smoke', pretrain='none') | given), Timing()
+        with tempfile.TemporaryDirectory() as d:
+            learn = learner(kind, p, DEVICE, Path(d) / 'c', 4 * p.batch_size, timing)
+            for watching in learn.cbs:
+                watching.progress = False
+            learn.fit(3)
+        return min(s for s, _ in timing.seconds) / (4 * p.batch_size)
+
+    hashes = rng(0, 'hashes').integers(0, 2**63, (30_000, 13)).astype(np.uint64)
+    films = made_up(64, 512).images
+    curves = {
+        'images: store, per cohort': ([64, 128, 256, 512, 1024], store_seconds),
+        'images: search for copies': (
+            [1000, 3000, 10_000, 30_000],
+            lambda n: seconds(lambda: near_duplicates(hashes[:n])),
+        ),
+        'images: intervals of all metrics': (
+            [300, 1000, 3000, 10_000, 30_000],
+            lambda n: seconds(lambda: evaluate(predictions(n, 0), Resampling(200))),
+        ),
+        'resamples of 3,000 images': (
+            [100, 300, 1000, 3000],
+            lambda n: seconds(lambda: evaluate(predictions(3000, 0), Resampling(n))),
+        ),
+        'pixels a side: training, per image': (
+            [64, 96, 128, 192, 256],
+            lambda px: step_seconds('finetune', arch='tf_efficientnet_lite0', px=px, batch_size=16),
+        ),
+        'queue: MoCo, per image': (
+            [64, 256, 1024, 4096, 16_384],
+            lambda k: step_seconds('moco', arch='resnet10t', px=64, batch_size=16, queue=k),
+        ),
+    }
+    del films
+    found = {}
+    for name, (sizes, f) in curves.items():
+        f(sizes[0])
+        t = [min(f(n) for _ in range(2)) for n in sizes]
+        found[name] = (sizes, t)
+        yield dict(
+            what=f'growth with {name}',
+            ratio=exponent(sizes, t),
+            unit='exponent',
+            n=len(sizes),
+            note=f'{sizes[0]:,} to {sizes[-1]:,}: {t[0]:.2g} s to {t[-1]:.2g} s',
+        )
+    with plt.rc_context(STYLE):
+        fig, axs = plt.subplots(2, 3, figsize=(7.2, 3.9), layout='constrained')
+        for ax, (name, (sizes, t)) in zip(axs.ravel(), found.items()):
+            ax.loglog(sizes, t, 'o-', color='0.2', ms=3)
+            k = exponent(sizes, t)
+            ax.loglog(sizes, t[-1] * (np.array(sizes) / sizes[-1]) ** k, ':', color='tab:red')
+            along, what = name.split(': ') if ': ' in name else (name, 'intervals of all metrics')
+            ax.set(xlabel=along, ylabel='seconds', title=f'{what}: exponent {k:.2f}')
+    caption = f'**Cost against size.** {machine()}. Each point the faster of two; dotted: the power that the last three points follow.'
+    write_figure('scaling', fig, caption, [], 'figures/benchmarks', code='training.throughput')
+
+
+# -------------------------------------------------------------------------------------------------------------------
+ALL = dict(jobs=jobs, steps=steps, moco=moco, ingest=ingest, evaluation=evaluation, scaling=scaling)
+
+
+def machine():
+    "Hardware and versions, without the name of the machine."
+    p = provenance('costs')
+    device = p['device'] if isinstance(p['device'], str) else str(p['device'])
+    return f'{device}, {psutil.cpu_count()} processors, {psutil.virtual_memory().total / 2**30:.0f} GiB, {torch.get_num_threads()} thread a training, Python {platform.python_version()}, PyTorch {torch.__version__}, {time.strftime("%Y-%m-%d", time.gmtime())}'
+
+
+def readable(df):
+    "The table as it is read."
+    number = lambda v: '' if pd.isna(v) else f'{v:,.3g}' if abs(v) < 1000 else f'{v:,.0f}'
+    met = lambda r: (
+        ''
+        if pd.isna(r.goal)
+        else 'yes'
+        if (r.seconds <= r.goal if pd.notna(r.seconds) else r.ratio >= r.goal)
+        else 'no'
+    )
+    return pd.DataFrame(
+        {
+            'what': df.what,
+            'against': df.against.fillna(''),
+            'ours': [f'{number(r.ours)} {r.unit}' if pd.notna(r.ours) else '' for r in df.itertuples()],
+            'other': df.other.map(number),
+            'ratio (lowest to highest)': [
+                f'{r.seconds:.0f} s'
+                if pd.notna(r.seconds)
+                else f'{r.ratio:.2f}' + (f' ({r.lo:.2f} to {r.hi:.2f})' if pd.notna(r.lo) else '')
+                for r in df.itertuples()
+            ],
+            'n': df.n.astype(int),
+            'goal': [
+                ('' if pd.isna(r.goal) else f'{r.goal:g} s' if pd.notna(r.seconds) else f'{r.goal:g}')
+                for r in df.itertuples()
+            ],
+            'met': [met(r) for r in df.itertuples()],
+            'note': df.note.fillna(''),
+        }
+    )
+
+
+COLUMNS = 'group what against ours other unit ratio lo hi seconds n goal note machine'.split()
+
+
+def main(names):
+    torch.set_num_threads(1)
+    file = resolve('figures/benchmarks') / 'benchmarks.csv'
+    old = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
+    for name in names or ALL:
+        rows = []
+        for r in ALL[name]():
+            rows.append(dict(group=name, machine=machine()) | r)
+            print(
+                f"{name}: {r['what']}: {r.get('ratio', r.get('seconds')):.3g} ({r.get('lo', np.nan):.3g} to {r.get('hi', np.nan):.3g})",
+                flush=True,
+            )
+        old = pd.concat([old[old.group != name], pd.DataFrame(rows)], ignore_index=True).reindex(columns=COLUMNS)
+        caption = (
+            '**Benchmarks.** Rates of what is ours and of what it is compared with, alternating in one run; ratio of rates, with the lowest and the highest of n. '
+            + '; '.join(dict.fromkeys(old.machine))
+            + '.'
+        )
+        write_table('benchmarks', old, [readable(old)], caption, [], 'figures/benchmarks', code='training.throughput')
+
+
+if __name__ == '__main__':
+    os.chdir(project_root())
+    main(sys.argv[1:])

@@ -17,7 +17,9 @@ BIN = Path(sys.executable).parent
 NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(f for f in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
 # a wing imports lower ones only; those of one number do not import each other
-WINGS = dict(schema=0, runs=0, study=1, data=1, models=1, evaluation=2, training=3, questions=4, paper=5)
+WINGS = dict(
+    schema=0, runs=0, warm=1, jobs=1, study=1, data=1, models=1, evaluation=2, training=3, questions=4, paper=5
+)
 MODULES = sorted(
     f.relative_to(ROOT / 'cxrpaper').with_suffix('').as_posix().replace('/', '.')
     for f in (ROOT / 'cxrpaper').rglob('*.py')
@@ -290,7 +292,7 @@ def test_everything_exported_is_shown_or_tested():
     shows = [s for p, both in pages.items() if p.stem[:2].isdigit() or p in behind for part in both for s in part]
     shows += [p.read_text() for p in ROOT.glob('tests/*.py') if p.name != 'test_contract.py']
     known = set().union(*(names(ast.parse(s)) for s in shows))
-    known |= set(re.findall(r':(\w+)', (ROOT / 'settings.ini').read_text()))
+    known |= set(re.findall(r':(\w+)', ''.join((ROOT / f).read_text() for f in ('settings.ini', 'setup.py'))))
     hidden = {ids(p): never_shown(own, others, known) for p, (own, others) in pages.items()}
     assert not {k: v for k, v in hidden.items() if v}
     assert never_shown(['def f():\n    g()', 'def g():\n    0', 'def h():\n    0'], ['f()']) == ['h']

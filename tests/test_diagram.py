@@ -26,7 +26,7 @@ LARGE = dict(
     digest='',
 )
 SMALL = dict(name='x', read=1, images=1, studies=1, patients=1, boxes=1, boxed=1, by_class=[0, 1, 0, 0], digest='')
-STUDIES = ('smoke', 'study')
+STUDIES = ('smoke', 'phantom', 'study')
 
 
 @pytest.fixture(scope='module', params=STUDIES)
@@ -140,7 +140,7 @@ def test_shapes_are_the_models(study):
 
 
 def test_another_model_changes_the_figure():
-    s = read_study('config/smoke.yaml')
+    s = read_study('config/phantom.yaml')
     other = s | dict(
         px=64, table3=[dict(arch='resnet10t', pretrain='none'), dict(arch='resnet10t', pretrain='none', multitask=True)]
     )
@@ -156,7 +156,7 @@ def test_another_model_changes_the_figure():
 
 
 def test_encoders_without_a_map_at_one_half():
-    s = read_study('config/smoke.yaml')
+    s = read_study('config/phantom.yaml')
     row = dict(arch='convnext_atto', pretrain='none')
     s = s | dict(table2=[row], table3=[row, row | dict(multitask=True)], table4=[], table6=None, readiness=None)
     m = D.model_facts(s)

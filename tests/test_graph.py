@@ -15,12 +15,12 @@ from test_study import ROOT, STUDY, command, environment
 
 # writes down what it was asked to make and its GPUs, which it holds for a while, or as long as there is wait/<name>; fails while there is a line in fail/<name>
 PAPERMILL = r'''#!/usr/bin/env bash
-name=$(sed 's|.tmp$||; s|^runs/smoke/||; s|/[.]|/|; s|.ipynb$||' <<<"$5"); gpus=(${CUDA_VISIBLE_DEVICES//,/ }); echo "$name ${gpus[*]}" >>started
+name=$(sed 's|.tmp$||; s|^runs/smoke/||; s|/[.]|/|; s|.ipynb$||' <<<"$7"); gpus=(${CUDA_VISIBLE_DEVICES//,/ }); echo "$name ${gpus[*]}" >>started
 for g in ${gpus[@]}; do mkdir held-$g || echo "$g $name" >>held-twice; done
 sleep $(cat seconds); while [ -e wait/${name//\//-} ]; do sleep .05; done
 for g in ${gpus[@]}; do rmdir held-$g; done
 if [ -s fail/${name//\//-} ]; then sed -i 1d fail/${name//\//-}; exit 1; fi
-date +%N >"$5"
+date +%N >"$7"
 '''
 
 

@@ -11,7 +11,7 @@ from cxrpaper.evaluation.report import write_table
 from cxrpaper.runs import InputError, project_root
 from cxrpaper.study import read_study
 
-SMOKE = read_study('config/smoke.yaml')
+PHANTOM = read_study('config/phantom.yaml')
 FIGURES = project_root() / 'figures'
 
 
@@ -21,7 +21,7 @@ def write(path, *lines, columns=R.COLUMNS):
         w = csv.DictWriter(f, columns)
         w.writeheader()
         for l in lines:
-            w.writerow(dict(study='smoke', labels='', than='', source='made up for a test') | l)
+            w.writerow(dict(study='phantom', labels='', than='', source='made up for a test') | l)
     return path
 
 
@@ -31,7 +31,7 @@ def ours(name):
 
 def test_the_committed_file_is_empty():
     assert (project_root() / 'config' / 'reported.csv').read_text() == ','.join(R.COLUMNS) + '\n'
-    assert not len(R.read_reported('config/reported.csv', SMOKE))
+    assert not len(R.read_reported('config/reported.csv', PHANTOM))
 
 
 @pytest.mark.parametrize('name', R.TABLES)
@@ -49,7 +49,7 @@ def test_every_number_of_a_committed_table_can_be_named(name, tmp_path):
             for r in some.itertuples()
         ],
     )
-    b = R.beside(name, ours(name), R.read_reported(made, SMOKE))
+    b = R.beside(name, ours(name), R.read_reported(made, PHANTOM))
     assert b.ours.tolist() == some.value.tolist()
     np.testing.assert_allclose(b.difference.abs(), 0.01, rtol=1e-6)
     for r in b.itertuples():
@@ -69,7 +69,7 @@ def test_every_number_of_a_committed_table_can_be_named(name, tmp_path):
                                 for r in twin.itertuples()
                             ],
                         ),
-                        SMOKE,
+                        PHANTOM,
                     ),
                 )
 
@@ -84,7 +84,7 @@ def test_an_empty_file_changes_no_byte_and_a_filled_one_adds_only(tmp_path):
     empty = write(tmp_path / 'empty.csv')
     put = lambda k, r: write_table('table2', long, [block], 'A caption.', [], tmp_path / k, r)
     put('without', None)
-    put('empty', R.read_reported(empty, SMOKE))
+    put('empty', R.read_reported(empty, PHANTOM))
     row = long.row.iloc[0]
     value = long[(long.row == row) & (long.metric == 'auc_macro')].iloc[0]
     filled = write(
@@ -92,7 +92,7 @@ def test_an_empty_file_changes_no_byte_and_a_filled_one_adds_only(tmp_path):
         dict(table='table2', row=row, metric='auc_macro', value='0.999'),
         dict(table='table2', row=row, metric='ap_macro', value='0.7'),
     )
-    put('filled', R.read_reported(filled, SMOKE))
+    put('filled', R.read_reported(filled, PHANTOM))
     a, b, c = (written(tmp_path / k) for k in ('without', 'empty', 'filled'))
     assert a == b and set(c) - set(a) == {'table2_reported.csv'} and c['table2.csv'] == a['table2.csv']
     assert c['table2.md'].startswith(a['table2.md'].rstrip()) and c['table2.tex'].startswith(a['table2.tex'].rstrip())
@@ -110,7 +110,7 @@ def test_an_empty_file_changes_no_byte_and_a_filled_one_adds_only(tmp_path):
         and back.within == ('yes' if value.lo <= 0.999 <= value.hi else 'no')
         and back.difference == value.value - 0.999
     )
-    put('filled', R.read_reported(empty, SMOKE))  # emptied again
+    put('filled', R.read_reported(empty, PHANTOM))  # emptied again
     assert written(tmp_path / 'filled') == a
 
 
@@ -148,7 +148,7 @@ def test_a_fault_is_named_with_its_line(fault, tmp_path):
     bad = LINE | change
 
     def read(*lines):
-        r = R.read_reported(write(tmp_path / 'made_up.csv', *lines), SMOKE)
+        r = R.read_reported(write(tmp_path / 'made_up.csv', *lines), PHANTOM)
         for t in ('table2', 'table3', 'table6'):
             R.beside(t, ours(t), r)
 
@@ -161,25 +161,25 @@ def test_a_fault_is_named_with_its_line(fault, tmp_path):
 
 def test_a_difference_may_be_negative_and_needs_its_other_row(tmp_path):
     line = dict(table='table3', row='multi-task', than='single-task', metric='difference_auc_macro', value='-0.02')
-    b = R.beside('table3', ours('table3'), R.read_reported(write(tmp_path / 'r.csv', line), SMOKE))
+    b = R.beside('table3', ours('table3'), R.read_reported(write(tmp_path / 'r.csv', line), PHANTOM))
     assert len(b) == 1 and R.readable(b).model[0] == 'multi-task, minus single-task'
 
 
 def test_duplicates_wrong_columns_and_absent_tables(tmp_path):
     t6 = dict(table='table6', row='ImageNet, linear', metric='auc_macro', value='0.5')
     with pytest.raises(InputError, match='line 3, column row: a second number'):
-        R.read_reported(write(tmp_path / 'r.csv', t6 | dict(labels='0.1'), t6 | dict(labels='.10')), SMOKE)
+        R.read_reported(write(tmp_path / 'r.csv', t6 | dict(labels='0.1'), t6 | dict(labels='.10')), PHANTOM)
     with pytest.raises(InputError, match='column'):
-        R.read_reported(write(tmp_path / 'r.csv', columns=[*R.COLUMNS, 'remark']), SMOKE)
+        R.read_reported(write(tmp_path / 'r.csv', columns=[*R.COLUMNS, 'remark']), PHANTOM)
     with pytest.raises(InputError, match='no such file'):
-        R.read_reported(tmp_path / 'none.csv', SMOKE)
+        R.read_reported(tmp_path / 'none.csv', PHANTOM)
     with pytest.raises(InputError, match='does not make this table'):
-        R.read_reported(write(tmp_path / 'r.csv', t6 | dict(labels='0.1')), SMOKE | dict(table6=None))
+        R.read_reported(write(tmp_path / 'r.csv', t6 | dict(labels='0.1')), PHANTOM | dict(table6=None))
 
 
 def test_lines_of_other_studies_are_checked_and_left_alone(tmp_path):
     other = LINE | dict(study='study', row='densenet121, imagenet')
-    r = R.read_reported(write(tmp_path / 'r.csv', LINE, other), SMOKE)
+    r = R.read_reported(write(tmp_path / 'r.csv', LINE, other), PHANTOM)
     assert len(r) == 1 and r.attrs['others'] == 1
     with pytest.raises(InputError, match='line 3'):
-        R.read_reported(write(tmp_path / 'r.csv', LINE, other | dict(value='x')), SMOKE)
+        R.read_reported(write(tmp_path / 'r.csv', LINE, other | dict(value='x')), PHANTOM)

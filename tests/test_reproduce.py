@@ -12,7 +12,7 @@ from cxrpaper.paper.reproduce import committed_files, read_cells, read_spread, r
 from cxrpaper.runs import InputError, project_root
 
 ROOT = project_root()
-STUDY = 'config/smoke.yaml'
+STUDY = 'config/phantom.yaml'
 
 
 def command(*words):

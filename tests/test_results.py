@@ -20,7 +20,7 @@ from cxrpaper.study import read_study
 
 ROOT = project_root()
 BIN = Path(sys.executable).parent
-SMOKE = read_study('config/smoke.yaml')
+PHANTOM = read_study('config/phantom.yaml')
 RUNS = json.loads((ROOT / 'figures' / 'figure4.json').read_text())['runs']  # two of the study's runs
 
 
@@ -49,7 +49,7 @@ def clone(to, figures):
     return to
 
 
-def page(root, at='runs/smoke'):
+def page(root, at='runs/phantom'):
     "Execute the notebook there; its outputs as one text."
     (root / at).mkdir(parents=True, exist_ok=True)
     env = {
@@ -70,6 +70,9 @@ def page(root, at='runs/smoke'):
             '-p',
             'at',
             at,
+            '-p',
+            'study',
+            'config/phantom.yaml',
         ],
         cwd=root,
         env=env,
@@ -100,10 +103,10 @@ def test_with_nothing_run_it_says_what_to_do(tmp_path):
     text = page(clone(tmp_path / 'clone', False))
     assert (
         text.strip().startswith('> **The images are phantoms')
-        and 'make paper PROFILE=smoke' in text
+        and 'make paper PROFILE=phantom' in text
         and '0 of ' in text
     )
-    assert not broken(text, tmp_path / 'clone' / 'runs' / 'smoke')
+    assert not broken(text, tmp_path / 'clone' / 'runs' / 'phantom')
 
 
 @pytest.fixture(scope='module')
@@ -115,12 +118,14 @@ def whole(tmp_path_factory):
         write_json(root / run / 'provenance.json', dict(key='other' if i else p['key'], device='a device'))
     for k in ('tables', 'figures'):
         executed_notebook(
-            root / 'runs' / 'smoke' / f'{k}.ipynb', f"{dict(tables='06_tables', figures='07_figures')[k]}.ipynb"
+            root / 'runs' / 'phantom' / f'{k}.ipynb', f"{dict(tables='06_tables', figures='07_figures')[k]}.ipynb"
         )
     executed_notebook(
-        root / 'runs' / 'smoke' / 'finetune' / '.broken.ipynb', '04_finetune.ipynb', ('completed', 'failed', 'pending')
+        root / 'runs' / 'phantom' / 'finetune' / '.broken.ipynb',
+        '04_finetune.ipynb',
+        ('completed', 'failed', 'pending'),
     )
-    executed_notebook(root / 'runs' / 'smoke' / 'moco' / 'cut.ipynb.tmp', '03_moco.ipynb', ('completed', 'pending'))
+    executed_notebook(root / 'runs' / 'phantom' / 'moco' / 'cut.ipynb.tmp', '03_moco.ipynb', ('completed', 'pending'))
     (root / 'figures' / 'drawn by hand.png').write_bytes(b'x')
     f = root / 'figures' / 'table2.csv'
     f.write_text(f.read_text().replace('0.9', '0.8', 1))
@@ -130,7 +135,7 @@ def whole(tmp_path_factory):
 def test_every_link_leads_somewhere(whole):
     root, text = whole
     found = links(text)
-    assert len(found) > 150 and not broken(text, root / 'runs' / 'smoke')
+    assert len(found) > 150 and not broken(text, root / 'runs' / 'phantom')
     for want in (
         '../../figures/table4.csv',
         '../../figures/table4.tex',
@@ -140,7 +145,7 @@ def test_every_link_leads_somewhere(whole):
         'tables.ipynb',
         'figures.ipynb',
         '../../nbs/06_tables.ipynb',
-        f"{Path(next(iter(RUNS))).relative_to('runs/smoke')}/04_finetune.ipynb",
+        f"{Path(next(iter(RUNS))).relative_to('runs/phantom')}/04_finetune.ipynb",
     ):
         assert want in found, want
 
@@ -149,7 +154,7 @@ def test_a_link_that_leads_nowhere_is_found(whole, tmp_path):
     "The counter-test: the page in another folder, and a file taken away."
     root, text = whole
     assert len(broken(text, tmp_path)) > 100
-    assert broken(text.replace('table4.csv', 'table44.csv'), root / 'runs' / 'smoke') == ['../../figures/table44.csv']
+    assert broken(text.replace('table4.csv', 'table44.csv'), root / 'runs' / 'phantom') == ['../../figures/table44.csv']
 
 
 def test_each_table_and_figure_is_shown_with_its_source(whole):
@@ -186,10 +191,12 @@ def test_the_committed_figures_are_what_notebooks_wrote():
 
 
 def test_figures_of_another_study_or_profile_are_marked(tmp_path):
-    patients = SMOKE | dict(name='no-such-study', profile='study', phantom=None, data_root='data/x', figures='figures')
+    patients = PHANTOM | dict(
+        name='no-such-study', profile='study', phantom=None, data_root='data/x', figures='figures'
+    )
     said = R.overview(patients, 'config/study.yaml', R.executed(patients), R.artefacts(patients))
     assert (
-        said.startswith('> **Tables and figures of another study (config/smoke.yaml)')
+        said.startswith('> **Tables and figures of another study (config/phantom.yaml)')
         and 'Not of patients, or of a small profile: table1' in said
     )
     nothing = patients | dict(figures=str(tmp_path))

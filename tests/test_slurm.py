@@ -36,8 +36,8 @@ SMALL = STUDY | dict(
 
 # papermill, which writes down the GPU it was given, hides it from PyTorch and, where there is a file fail, fails a training once
 PAPERMILL = f'''#!/usr/bin/env bash
-echo "$5 ${{CUDA_VISIBLE_DEVICES-}}" >>started; export CUDA_VISIBLE_DEVICES=
-case $5 in */finetune/*) if [ -e fail ]; then rm fail; exit 1; fi;; esac
+echo "$7 ${{CUDA_VISIBLE_DEVICES-}}" >>started; export CUDA_VISIBLE_DEVICES=
+case $7 in */finetune/*) if [ -e fail ]; then rm fail; exit 1; fi;; esac
 exec {BIN}/papermill "$@"
 '''
 

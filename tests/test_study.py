@@ -173,7 +173,7 @@ def test_every_table_and_figure_is_there(whole):
             for t in ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table7', 'table8')
             for e in ('csv', 'md', 'tex', 'json')
         }
-        | {f'figure{i}.{e}' for i in range(1, 17) for e in ('svg', 'png', 'json')}
+        | {f'figure{i}.{e}' for i in range(1, 19) for e in ('svg', 'png', 'json')}
         | {
             f'{r}.{e}'
             for r in ('model_card', 'datasheet', 'claim', 'tripod_ai', 'metrics', 'probast_ai')

@@ -151,11 +151,11 @@ def answers_markdown(evidence=EVIDENCE, plan=None) -> str:
 
 # %% ../../nbs/appendix/paper/answers.ipynb #7a5bdb98
 def short_answers(evidence=EVIDENCE, plan=None) -> str:
-    "Each question in two sentences, as on the first page: real radiographs, then phantoms, those whose truth was planted where there are some."
+    "Each question in two sentences, as on the first page: real radiographs, then phantoms whose truth was planted."
     out = []
     for q, said in answers(evidence, plan).items():
         real = [f'On {e.short}: {text}.' for e, text in said if e.kind == 'real']
-        planted = [o for o in said if o[0].kind == 'planted'] or [o for o in said if o[0].kind == 'phantom']
+        planted = [o for o in said if o[0].kind == 'planted']
         known = '; '.join(f'{e.short}, {text.split(" (")[0] if "passed" in text else text}' for e, text in planted)
         out.append(f'**{q}** ' + ' '.join(real + [f'*On phantoms* {known}.'] * bool(known)))
     return unbroken('\n\n'.join(out))

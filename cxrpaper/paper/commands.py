@@ -85,14 +85,19 @@ def verify(argv=None):
     only = dict(nargs='*', default=None, help='some notebooks, such as 06_tables')
     a = options('cxr_verify', about, argv, study=STUDY_FILE, files=files, only=only)
     with told('cxr_verify'):
+        from cxrpaper.paper.contents import stale_pages, state_of
         from cxrpaper.paper.provenance import audit, verify
         from cxrpaper.study import read_study
 
         bad = audit(read_study(a.study)['figures']) if a.files else verify(a.study, a.only)
-    for r in bad.itertuples():
-        print(f'{r.file}: {r.problem}')
-    if len(bad):
-        raise SystemExit(f'{len(bad)} differ')
+    pages = [resolve(f'nbs/{k}.ipynb') for k in ('index', '06_tables', '07_figures', '08_readiness')]
+    lines = [f'{r.file}: {r.problem}' for r in bad.itertuples()]
+    lines += [
+        f'{show_path(p)}: stored with {s}; run make book'
+        for p, s in stale_pages(pages, state_of(resolve('figures/open')))
+    ]
+    if lines:
+        raise SystemExit('\n'.join([*lines, f'{len(lines)} differ']))
     print(
         'all files are as they were written' if a.files else 'every table and figure came out the same, byte for byte'
     )

@@ -20,7 +20,7 @@ import torch
 from ..data.cohort import load_cohort
 from ..data.dicom import read_radiograph
 from ..data.store import decode
-from ..evaluation.masks import LIMIT, STEPS, at_threshold, best_threshold, evaluate_masks, load_mask_scores
+from ..evaluation.masks import at_threshold, best_threshold, evaluate_masks, load_mask_scores
 from ..evaluation.metrics import DEFAULT, Resampling, bootstrap, curve_band, evaluate
 from ..evaluation.predictions import row_frames
 from ..evaluation.report import COLOURS, STYLE, cell, dark_edge, sample_text, stamp, write_figure
@@ -90,9 +90,10 @@ def figure_curves(
                 b = curve_band(df, k, kind, how=how)
                 ax.fill_between(b.x, b.lo, b.hi, color=COLOURS[c], alpha=0.2, lw=0)
                 ax.plot(b.x, b.y, color=COLOURS[c])
-                at = (0.98, 0.03, 'bottom') if kind == 'roc' else (0.98, 0.98, 'top')
                 value = f'{m.upper()} {cell(r.loc[f"{m}_{c}"])}'.replace(' (', '\n(')
-                ax.text(*at[:2], value, ha='right', va=at[2], fontsize=6.5)
+                low = kind == 'roc' or b.y.mean() > 0.5  # where the curve is not
+                x, ha = (0.98, 'right') if kind == 'roc' or not low else (0.02, 'left')
+                ax.text(x, 0.03 if low else 0.98, value, ha=ha, va='bottom' if low else 'top', fontsize=6.5)
             pair[0].plot([0, 1], [0, 1], color='0.6', lw=0.6)
             pair[1].axhline((df.label == k).mean(), color='0.6', lw=0.6)
             pair[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=f'{c} (n = {int((df.label == k).sum())})')
@@ -120,9 +121,9 @@ def successes_and_failures(
 # %% ../../nbs/appendix/paper/figures.ipynb #f574faca
 @torch.no_grad()
 def draw_prediction(
-    axs, row, cohort, model, px, step
-):  # two axes; a row of the cohort's table; the model and the side of its input; step of the threshold
-    "The radiograph with its boxes or drawn mask, and with the predicted probabilities and their outline."
+    axs, row, cohort, model, px
+):  # two axes; a row of the cohort's table; the model and the side of its input
+    "The radiograph with its boxes or drawn mask, and the predicted probabilities."
     mask = cohort.root / row.mask_path if row.mask_path else ''
     about = dict(mask_file=mask, boxes=row.boxes, height=row.height, width=row.width)
     image, true = decode(dict(file=cohort.root / row.path) | about, px)[:2]
@@ -137,26 +138,27 @@ def draw_prediction(
         axs[0].add_patch(plt.Rectangle((bx, by), w, h, fill=False, ec='#E69F00', lw=1))
     if row.mask_path:
         axs[0].contour(x, y, true, [0.5], colors='#E69F00', linewidths=1)
-    axs[1].imshow(z.sigmoid(), cmap='viridis', vmin=0, vmax=1, alpha=0.4, extent=extent)
-    at = (step - STEPS // 2) * 2 * LIMIT / STEPS  # the logit where the step begins
-    if z.min() < at < z.max():
-        axs[1].contour(x, y, z, [at], colors='#56B4E9', linewidths=1, linestyles='solid')
+    axs[1].imshow(z.sigmoid(), cmap='viridis', vmin=0, vmax=1, extent=extent)
 
 # %% ../../nbs/appendix/paper/figures.ipynb #60cb8933
 def figure_masks(cohort, run):  # a cohort, a finished multi-task run
     "Figure 8: a success and a failure of each class."
-    scores, (model, p) = load_mask_scores(resolve(run) / 'segmentation'), load_model(run)
-    step = best_threshold(scores.of('val'))
-    t = at_threshold(scores.of('test'), step)
+    scores, prior = (load_mask_scores(resolve(run) / k) for k in ('segmentation', 'prior'))
+    t, without = (at_threshold(s.of('test'), best_threshold(s.of('val'))) for s in (scores, prior))
+    model, p = load_model(run)
     chosen = successes_and_failures(t)
     by = cohort.images.set_index('image', drop=False)
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(len(chosen), 4, figsize=(7, 1.55 * len(chosen)), squeeze=False)
         for line, (c, pair) in zip(axs, chosen.items()):
             for two, i, word in zip((line[:2], line[2:]), pair, ('success', 'failure')):
-                draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px, step)
-                score = f'Dice {t.dice[i]:.2f}' if np.isfinite(t.dice[i]) else f'{t.area[i]:.1%} drawn'
-                two[0].set_title(f'{word}: {score}', loc='left')
+                draw_prediction(two, by.loc[t.image[i]], cohort, model, p.px)
+                score = (
+                    f'Dice {t.dice[i]:.2f}, box prior {without.dice[i]:.2f}'
+                    if np.isfinite(t.dice[i])
+                    else f'{t.area[i]:.1%} drawn'
+                )
+                two[0].set_title(f'{word}: {score}', loc='left', fontsize=7)
             counted = (t.label == CLASSES.index(c)) & (t.dice.notna() | (t.label == 0))
             line[0].set_ylabel(f'{c}\nn = {int(counted.sum())}')
         dark_edge(axs)
@@ -193,14 +195,14 @@ def figure_sweep(study, how: Resampling = DEFAULT):
             error = [d.value - d.lo, d.hi - d.value]
             ax.errorbar(np.arange(len(d)) + first, d.value, error, fmt='o-', color='0.15', capsize=3, ms=4)
             names = ['0\n(single-task)', *(f'{w:g}' for w, _ in rows[1:])]
-            ax.set(xticks=range(len(rows)), xticklabels=names, xlim=(-0.4, len(rows) - 0.6))
+            ax.set(xticks=range(first, len(rows)), xticklabels=names[first:], xlim=(first - 0.4, len(rows) - 0.6))
             ax.set_xlabel('weight of the segmentation loss')
         axs[0].axhline(auc.value[0], color='0.6', ls=':', lw=0.8)
         axs[0].set(ylabel='macro AUC', title=f'classification, n = {int(auc.n[0])} images')
         axs[1].axhspan(prior.lo, prior.hi, color='#E69F00', alpha=0.2, lw=0)
         axs[1].axhline(prior.value, color='#E69F00', lw=1, label='box prior')
-        axs[1].set(ylabel='Dice', title=f'segmentation, n = {int(dice.n[0])} images with a mask', ylim=(0, None))
-        axs[1].legend(loc='lower left')
+        axs[1].set(ylabel='Dice', title=f'segmentation, n = {int(dice.n[0])} images with a mask')
+        axs[1].legend(loc='best')
         plt.close(fig)
     return fig
 
@@ -290,7 +292,7 @@ def write_masks(m: Making):  # matplotlib Figure
     fig, shown = figure_masks(load_cohort(f"runs/{m.study['name']}/cohort"), run)
     caption = (
         f"**Figure 8. Masks against boxes.** {row_title(drawn[0]).capitalize()}, fold {m.study['folds'][0]}, seed {m.study['seeds'][0]}. Of the test images of a class (n) those whose Dice is nearest to the 90th (success) and to the 10th percentile (failure); "
-        f'negatives by the share of the image that was drawn. Orange: annotated opacities; colour: predicted probability; blue: its outline at the threshold that was best on the validation fold.{stamp(m.study)}'
+        f'negatives by the share of the image that was drawn. Orange: annotated opacities; colour: predicted probability, cut where it was best on the validation fold. The box prior draws the same mask on every radiograph, the mean of the training masks: where its Dice is as high, the model has shown no more than where opacities usually lie.{stamp(m.study)}'
     )
     write_figure('figure8', fig, caption, [run], m.out, study=m.file, images=shown)
     return fig

@@ -15,7 +15,7 @@ from ..evaluation.report import BY_CLASS, cell, sample_text, stamp, wide, write_
 from .tables import Making, class_differences, class_table, counted_otherwise, with_differences
 from ..questions.calibration import figure_calibration
 from ..questions.decisions import figure_use
-from ..questions.difficulty import figure_confusions, figure_difficulty
+from ..questions.difficulty import figure_confusions, figure_difficulty, figure_hardest
 from ..questions.readiness import overall, reader_bound, readiness_path, scorecard
 from ..questions.robustness import figure_robustness
 from ..questions.saliency import figure_saliency, map_scores, median_examples, saliency_maps
@@ -105,7 +105,7 @@ def _use(m, s, parts, about):
 
 
 def _confusions(m, s, parts, about):
-    caption = f'**Figure 5. Confusions** of {about} Shares of each label with intervals; right: readers of RICORD, another data set; hatched: not published.'
+    caption = f'**Figure 5. Confusions** of {about} Of the images of each label those predicted each class: number, share, 95 % interval. Framed: what a reader of RICORD, another data set, says where another reader says the label; the other shares are not published.'
     return figure_confusions(parts['confusions']), caption, {}
 
 
@@ -120,13 +120,14 @@ def _subgroups(m, s, parts, about):
 
 # %% ../../nbs/appendix/paper/scorecard.ipynb #a31dc96d
 def _difficulty(m, s, parts, about):
+    caption = f'**Figure 15. Why it is hard.** {about} Left: AUC of telling classes apart, 95 % interval. Right: training images, averaged over the folds that trained on them; dashed: the lowest third.'
+    return figure_difficulty(parts['separability'], parts['cartography']), caption, {}
+
+
+def _hardest(m, s, parts, about):
     rows = s.place[parts['hardest'].image].to_numpy()
-    boxes = [s.store.boxes(i) for i in rows]
-    fig = figure_difficulty(parts['separability'], parts['cartography'], parts['hardest'], s.store.images[rows], boxes)
-    caption = (
-        f'**Figure 15. Why it is hard.** {about} Cartography: training images, averaged over the folds that trained on them; dashed: the lowest third. '
-        'Galleries: highest loss, one image per patient; boxes: annotated opacities.'
-    )
+    fig = figure_hardest(parts['hardest'], s.store.images[rows], [s.store.boxes(i) for i in rows])
+    caption = f'**Figure 18. The hardest images** of {about} Of each label those of the highest loss, one a patient, with what was predicted and the probability of the label; boxes: annotated opacities.'
     return fig, caption, dict(images=parts['hardest'].image.tolist())
 
 
@@ -148,8 +149,9 @@ FIGURES = dict(  # name -> the parts it needs, what draws it
     figure10=(('robustness',), _robustness),
     figure11=(('subgroups',), _subgroups),
     figure12=(('decision_curve',), _use),
-    figure15=(('hardest', 'cartography'), _difficulty),
+    figure15=(('separability', 'cartography'), _difficulty),
     figure16=(('saliency',), _saliency),
+    figure18=(('hardest',), _hardest),
 )
 
 

@@ -9,7 +9,7 @@ __all__ = ['LEAST', 'READERS', 'PAIRS', 'SAME_KIND', 'verdict', 'readers_matrix'
            'doubtful', 'reread_sample', 'with_reread', 'reread_power', 'cartography', 'regions', 'hardest',
            'draw_confusions', 'draw_separability', 'draw_cartography', 'draw_gallery', 'reread_labels',
            'difficulty_part', 'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions', 'draw_hardest',
-           'figure_difficulty']
+           'figure_difficulty', 'figure_hardest']
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #5a921187
 import sys
@@ -539,34 +539,21 @@ def hardest(
     return t.groupby('y').head(k).drop(columns=['unit', 'y']).reset_index(drop=True)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #e848677a
-def draw_confusions(
-    axs,  # two axes: the model, the readers
-    t: pd.DataFrame,
-):  # from `confusion_shares`
-    "The model's confusions with intervals, and the readers' where known; hatched: not known."
-    for ax, column in zip(axs, ('value', 'readers')):
-        m = t.pivot(index='label', columns='predicted', values=column).loc[list(CLASSES), list(CLASSES)].to_numpy()
-        ax.imshow(np.ma.masked_invalid(m), cmap='Greys', vmin=0, vmax=1)
-        for r, (i, j) in zip(t.itertuples(), np.ndindex(m.shape)):
-            if np.isnan(m[i, j]):
-                ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch='////', ec='0.8', lw=0))
-                ax.text(j, i, 'not\nknown', ha='center', va='center', fontsize=6, color='0.4')
-                continue
-            interval = f'\n{r.lo:.2f}–{r.hi:.2f}' if column == 'value' and r.lo == r.lo else ''
-            ax.text(
-                j,
-                i,
-                f'{m[i, j]:.2f}{interval}',
-                ha='center',
-                va='center',
-                fontsize=6,
-                color='white' if m[i, j] > 0.55 else 'black',
-            )
-        ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES)
-        plt.setp(ax.get_xticklabels(), rotation=30, ha='right', rotation_mode='anchor')
+def draw_confusions(ax, t: pd.DataFrame):  # from `confusion_shares`
+    "Of each label's images the share that was predicted each class: interval, number of images, and below the readers' own share where it is known."
+    m = t.pivot(index='label', columns='predicted', values='value').loc[list(CLASSES), list(CLASSES)].to_numpy()
+    ax.imshow(m, cmap='Greys', vmin=0, vmax=1)
+    for r, (i, j) in zip(t.itertuples(), np.ndindex(m.shape)):
+        ink = dict(ha='center', color='white' if r.value > 0.55 else 'black')
+        interval = f' ({r.lo:.2f}–{r.hi:.2f})' if r.lo == r.lo else ''
+        ax.text(j, i - 0.22, f'{r.value * r.n:.0f} of {r.n}', va='center', fontsize=7, weight='bold', **ink)
+        ax.text(j, i, f'{r.value:.2f}{interval}', va='center', fontsize=5.5, **ink)
+        if r.readers == r.readers:
+            ax.text(j, i + 0.25, f'readers {r.readers:.2f}', va='center', fontsize=6, style='italic', **ink)
+            ax.add_patch(plt.Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fill=False, ec='#E69F00', lw=1.2))
+    ax.set(xticks=range(4), yticks=range(4), xticklabels=CLASSES, xlabel='predicted by the model', ylabel='label')
     n = t.groupby('label').n.first()
-    axs[0].set(yticklabels=[f'{c}\n(n = {n[c]})' for c in CLASSES], xlabel='predicted by the model', ylabel='label')
-    axs[1].set(yticklabels=CLASSES, xlabel='another reader says', ylabel='one reader says')
+    ax.set_yticklabels([f'{c}\n(n = {n[c]})' for c in CLASSES])
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #42a4a09b
 def draw_separability(ax, t: pd.DataFrame, colour='0.2'):  # from `separability`
@@ -687,15 +674,15 @@ def labels_rule(p):
 def figure_confusions(
     t: pd.DataFrame,  # from `difficulty.confusion_shares`
 ):
-    "Figure 5: the model's confusion matrix with intervals, and the readers'."
+    "Figure 5: the model's confusions with intervals and counts, and the readers' where known."
     with mpl.rc_context(STYLE):
-        fig, axs = plt.subplots(1, 2, figsize=(7, 3.3))
-        draw_confusions(axs, t)
+        fig, ax = plt.subplots(figsize=(4.6, 4.2))
+        draw_confusions(ax, t)
         plt.close(fig)
     return fig
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #4b8322d3
-def draw_hardest(grid, worst, images, boxes):  # axes, a line for each label; as in `figure_difficulty`
+def draw_hardest(grid, worst, images, boxes):  # axes, a line for each label; as in `figure_hardest`
     "The hardest images of each label; the label is written once, at the left."
     for ax in grid.flat:
         ax.axis('off')
@@ -709,16 +696,10 @@ def draw_hardest(grid, worst, images, boxes):  # axes, a line for each label; as
         ax.set_title(ax.get_title().partition('\n')[2], fontsize=7)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #709e0f24
-def figure_difficulty(
-    separable, mapped, worst, images, boxes
-):  # `difficulty.separability`, `cartography`, `hardest`; pixels and boxes of the rows of the last
-    "Figure 15: separability, cartography, hardest images."
+def figure_difficulty(separable, mapped):  # `difficulty.separability`, `cartography`
+    "Figure 15: separability, cartography."
     with mpl.rc_context(STYLE):
-        each = worst.groupby('label', sort=False).size()
-        wide = int(each.max())
-        fig = plt.figure(figsize=(7, 3 + 1.5 * len(each)))
-        top, below = fig.subfigures(2, 1, height_ratios=(2.8, 1.5 * len(each)))
-        axs = top.subplots(1, 2)
+        fig, axs = plt.subplots(1, 2, figsize=(7, 3))
         draw_separability(axs[0], separable)
         draw_cartography(axs[1], mapped, COLOURS)
         tell_apart(axs[1])
@@ -727,7 +708,15 @@ def figure_difficulty(
         axs[1].legend(**below_it, markerscale=1.5, handletextpad=0.1)
         for points in axs[1].collections:
             points.set_sizes([float(np.clip(3000 / len(mapped), 3, 14))])
-        grid = below.subplots(len(each), wide, squeeze=False)
+        plt.close(fig)
+    return fig
+
+
+def figure_hardest(worst, images, boxes):  # `difficulty.hardest`; pixels and boxes of its rows
+    "Figure 18: the images of each label that the model gets most wrong."
+    each = worst.groupby('label', sort=False).size()
+    with mpl.rc_context(STYLE):
+        fig, grid = plt.subplots(len(each), int(each.max()), figsize=(7, 1.75 * len(each)), squeeze=False)
         draw_hardest(grid, worst, images, boxes)
         plt.close(fig)
     return fig

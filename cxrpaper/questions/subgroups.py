@@ -467,13 +467,13 @@ def draw_forest(
     if not len(t):
         raise InputError(f'no rows of {metric}', field='metric', hint='name it in metrics of subgroup_metrics')
     every = t[t.attribute == 'all'].iloc[0]
-    order = {k: i for i, k in enumerate(dict.fromkeys(t.attribute))}
-    t = t.sort_values('attribute', key=lambda a: a.map(order), kind='stable')
+    order = list(dict.fromkeys(t.attribute))
+    t = t.sort_values('attribute', key=lambda a: a.map(order.index), kind='stable')
     at = -(np.arange(len(t)) + 0.6 * t.attribute.ne(t.attribute.shift()).cumsum().to_numpy())
     ax.axvline(every.value, color=other, ls=':', lw=1)
     for y, r in zip(at, t.itertuples()):
         if r.note:
-            ax.text(every.value, y, r.note, ha='center', va='center', color='0.5', fontsize=6, backgroundcolor='white')
+            ax.annotate(r.note, (0.02, y), xycoords=ax.get_yaxis_transform(), va='center', color='0.45', fontsize=6)
         else:
             ax.plot([r.lo, r.hi], [y, y], color=colour, lw=1)
             ax.plot(r.value, y, 'D' if r.attribute == 'all' else 's', color=colour, ms=4)
@@ -485,6 +485,7 @@ def draw_forest(
     ax.set(xlabel=label, title='group (images / patients)', ylim=(at[-1] - 0.8, 0.2))
     ax.title.set_ha('right')
     ax.tick_params(axis='y', length=0)
+    ax.locator_params(axis='x', nbins=5)
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #97543a91
 def subgroups_part(s: Subject) -> dict:

@@ -121,8 +121,7 @@ def features(self: MoCo, encoder, head, x: Tensor) -> Tensor:  # (B, dim), float
 def update_key_encoder(self: MoCo):
     "key := m key + (1 - m) query, parameter by parameter."
     for key, query in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
-        for k, q in zip(key.parameters(), query.parameters()):
-            k.lerp_(q, 1 - self.m)
+        torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - self.m)
 
 
 @patch
@@ -141,11 +140,12 @@ def keys(self: MoCo, x: Tensor) -> Tensor:
 @torch.no_grad()
 def enqueue(self: MoCo, keys: Tensor):  # (B, dim) of all processes
     "The newest keys take the place of the oldest."
-    at, n = int(self.pointer), len(keys)
+    n = len(keys)
     if self.K % n:
         raise InputError(f'a queue of {self.K} keys for batches of {n}', field='queue', hint=f'use a multiple of {n}')
-    self.queue[:, at : at + n] = keys.T
-    self.pointer.fill_((at + n) % self.K)
+    here = (self.pointer + torch.arange(n, device=keys.device)) % self.K  # on the device: nobody waits for a number
+    self.queue.index_copy_(1, here, keys.T.to(self.queue.dtype))
+    self.pointer.copy_((self.pointer + n) % self.K)
     self.step += 1
 
 # %% ../../nbs/appendix/training/moco.ipynb #482be946
