@@ -150,8 +150,11 @@ def command(*more):
     ]
 
 
-def study(root, *more):
-    r = subprocess.run(command(*more), cwd=root, env=environment(root), capture_output=True, text=True)
+WARM = [BIN / 'cxr_warm']  # as `make paper` does
+
+
+def study(root, *more, within=()):
+    r = subprocess.run([*within, *command(*more)], cwd=root, env=environment(root), capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-6000:]
     return r.stdout + r.stderr
 
@@ -163,7 +166,7 @@ def results(root):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     root = clone(tmp_path_factory.mktemp('whole') / 'clone')
-    study(root)
+    study(root, within=WARM)
     return root
 
 
@@ -313,7 +316,7 @@ def kill_all(p):
 def kill(root, moment, seconds=300):
     "Start the study; kill all of its processes as soon as a file matches `moment`."
     p = subprocess.Popen(
-        command(),
+        [*WARM, *command()],
         cwd=root,
         env=environment(root),
         stdout=subprocess.DEVNULL,
@@ -356,7 +359,7 @@ def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
     assert not list(root.glob('data/stores/*/store.json')), 'killed too late'
     kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt')
     assert list(root.glob('runs/smoke/finetune/*.partial')), 'killed when no model was in training'
-    study(root)
+    study(root, within=WARM)
     assert results(root) == results(whole)
 
 

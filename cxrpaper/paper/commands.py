@@ -45,13 +45,21 @@ STUDY_FILE = dict(nargs='?', default='config/smoke.yaml', help='the study file (
 def plan(argv=None):
     "Console script `cxr_plan`."
     about = 'Trainings of a study, what is done, and the time, GPU hours and disk that the rest takes on each device that was measured.'
-    gpus = dict(type=int, default=1, help='that work at the same time')
-    a = options('cxr_plan', about, argv, study=STUDY_FILE, gpus=gpus)
+    count = lambda what: dict(type=int, default=None, help=f'{what} radiographs, where the corpus is not here yet')
+    a = options(
+        'cxr_plan',
+        about,
+        argv,
+        study=STUDY_FILE,
+        gpus=dict(type=int, default=1, help='that work at the same time'),
+        labelled=count('labelled'),
+        unlabelled=count('unlabelled'),
+    )
     with told('cxr_plan'):
         from cxrpaper.study import read_study
         from cxrpaper.training.throughput import plan_text
 
-        print(plan_text(read_study(a.study), gpus=a.gpus))
+        print(plan_text(read_study(a.study), gpus=a.gpus, images=(a.labelled, a.unlabelled)))
 
 # %% ../../nbs/appendix/paper/commands.ipynb #26d392bf
 def where(argv=None):
