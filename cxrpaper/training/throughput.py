@@ -37,6 +37,7 @@ from cxrpaper.runs import (
     page_of,
     provenance,
     resolve,
+    show_path,
     write_csv,
 )
 from ..schema import our_methods
@@ -236,7 +237,11 @@ def read_throughput(path=THROUGHPUT) -> pd.DataFrame:
     path = resolve(path)
     if not path.exists():
         return pd.DataFrame(columns=['device', 'kind', *columns()])
-    return pd.read_csv(path)
+    df = pd.read_csv(path)
+    if gone := [k for k in ('device', 'kind', *columns()) if k not in df]:
+        hint = 'add the column with what was so when it was measured, or measure again'
+        raise InputError('speeds without what they depend on', file=show_path(path), field=', '.join(gone), hint=hint)
+    return df
 
 
 def keep_throughput(rows: list, path=THROUGHPUT):  # rows: dicts with device, kind, columns() and what was measured
