@@ -106,7 +106,8 @@ def verify(argv=None):
             f'{show_path(p)}: stored with {s}; run make book' for p, s in stale_pages(pages, state_of(resolve(figures)))
         ]
     if lines:
-        raise SystemExit('\n'.join([*lines, f'{len(lines)} differ']))
+        print(*lines, sep='\n')
+        raise SystemExit(f'{len(lines)} differ')
     print(
         'all files are as they were written' if a.files else 'every table and figure came out the same, byte for byte'
     )
