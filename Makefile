@@ -8,10 +8,13 @@ PROFILE ?= smoke
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # GPUs here: those of CUDA_VISIBLE_DEVICES where it is set, else all
 GPUS ?= $(shell { if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$$CUDA_VISIBLE_DEVICES" | grep -c .; else nvidia-smi -L 2>/dev/null | grep -c '^GPU'; fi; } || true)
+# trainings that share a GPU: small networks do not fill it
+SLOTS ?= 1
+export SLOTS
 # where the jobs run: local, or slurm (JOBS at a time at most; PARTITION and ACCOUNT where the cluster asks for them; MORE for any other option of Snakemake)
 EXECUTOR ?= local
 JOBS ?= 100
-WHERE.local = --cores $(CORES) --resources gpu=$(GPUS)
+WHERE.local = --cores $(CORES) --resources gpu=$$(( $(GPUS) * $(SLOTS) ))
 WHERE.slurm = --executor slurm --jobs $(JOBS) --latency-wait 60 --default-resources mem_mb=8000 runtime=240 $(PARTITION:%=slurm_partition='"%"') $(ACCOUNT:%=slurm_account='"%"')
 WHERE = $(or $(WHERE.$(EXECUTOR)),$(error EXECUTOR=$(EXECUTOR) is not known: local or slurm))
 UV := .uv/bin/uv
