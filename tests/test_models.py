@@ -590,6 +590,26 @@ def test_densenet_names_of_every_age(kind, tmp_path):
     ] and same_map(encoder, net, input_statistics('densenet121'))
 
 
+def test_torchxrayvision_takes_gray_from_minus_to_plus_1024(tmp_path):
+    net = torchvision_net('densenet121')
+    first = net.features.conv0.weight.sum(1, keepdim=True)
+    net.features.conv0 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False).double()
+    net.features.conv0.weight.data = first
+    f = tmp_path / 'xrv.pt'
+    torch.save(net.state_dict() | {'op_threshs': torch.full((18,), 0.5)}, f)
+    encoder = Encoder('densenet121').double().eval()
+    with pytest.warns(UserWarning, match='NIH, the RSNA or SIIM'):
+        source = load_pretrained(encoder, 'moco', weights=f)
+    assert source['layout'] == 'torchxrayvision' and 'op_threshs' in source['unused']
+    x = torch.rand(2, 1, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = net.features((2 * x - 1) * 1024).relu()
+        ours = encoder(x)[-1].relu()
+        assert (theirs - ours).abs().max() < 1e-6 * theirs.abs().max()
+        encoder.statistics = input_statistics('densenet121')
+        assert (theirs - encoder(x)[-1].relu()).abs().max() > 1e-2 * theirs.abs().max()  # the comparison can tell
+
+
 class Odd:
     pass
 
