@@ -4,10 +4,13 @@ import base64
 import io
 import json
 import re
+from html import escape
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbconvert import HTMLExporter
 from PIL import Image
 
 from cxrpaper.paper.contents import page_facts, stale_pages, state_of
@@ -63,6 +66,46 @@ def test_a_page_is_stored_with_what_it_shows(page):
     linked = re.findall(r'!\[[^\]]+\]\((\.\./figures/[^)]+)\)', said + ''.join(map(source, cells(page, 'markdown'))))
     assert all((page.parent / f).is_file() for f in linked)
     assert pictures(page) or linked or page.stem == '06_tables', 'no picture is stored'
+
+
+def untold(nb):  # pictures of a notebook without an alternative text that stands below them too
+    out = []
+    for c in nb['cells']:
+        outputs = c.get('outputs', [])
+        for o, below in zip(outputs, [*outputs[1:], {}]):
+            if 'image/png' not in o.get('data', {}):
+                continue
+            alt = o.get('metadata', {}).get('image/png', {}).get('alt', '')
+            if len(alt.split()) < 6 or alt not in ''.join(below.get('data', {}).get('text/markdown', '')):
+                out.append(c.get('id'))
+    return out
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_who_does_not_see_a_picture_is_told_what_it_shows(page):
+    "By its alternative text, and by the same words below it, since JupyterLab shows no alternative text of an output."
+    nb = json.loads(page.read_text())
+    assert untold(nb) == [], 'show it with show_figure'
+    texts = ''.join(map(source, cells(page, 'markdown'))) + shown(page)
+    assert not re.search(r'!\[\s*\]\(', texts), 'a linked picture without an alternative text'
+    bare = json.loads(page.read_text())
+    n = 0
+    for o in (o for c in bare['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})):
+        o['metadata'], n = {}, n + 1
+    assert len(untold(bare)) == n
+
+
+def test_alternative_texts_reach_the_page():
+    "In the HTML that nbviewer makes."
+    nb = nbformat.read(ROOT / 'nbs' / '05_metrics.ipynb', as_version=4)
+    html, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    alts = [
+        o.metadata['image/png']['alt']
+        for c in nb.cells
+        for o in c.get('outputs', [])
+        if 'image/png' in o.get('data', {})
+    ]
+    assert len(alts) == 2 and all(escape(a) in html for a in alts)
 
 
 @pytest.mark.parametrize('page', PAGES[1:], ids=name)
