@@ -157,8 +157,8 @@ def multitask_verdict(
     if claim(at['single-task'], plan, level) != Verdict.BETTER:
         return f'multi-task minus single-task: {first}'
     if not lost:
-        return f'multi-task minus single-task: {first}; better than both controls too: by the place of the opacities'
-    return f'multi-task minus single-task: {first}; not better than the controls ({", ".join(lost)}): a gain from the place of the opacities is not shown'
+        return f'multi-task learning helps, by the place of the opacities: {first}'
+    return f'multi-task learning beats the single-task model ({first}), but not the controls ({", ".join(lost)}): a gain from the place of the opacities is not shown'
 
 # %% ../../nbs/appendix/paper/tables.ipynb #2f82f73a
 def multitask_table(
