@@ -11,7 +11,10 @@ def is_demo(source: str) -> bool:  # of a code cell
     return any(line.replace(' ', '').startswith('#|demo') for line in source.splitlines()[:2])
 
 
-def _engine():
+def __getattr__(name):
+    "`Engine`, made when it is asked for: papermill does so while it is itself being imported."
+    if name != 'Engine':
+        raise AttributeError(name)
     from papermill.engines import NBClientEngine
 
     class Engine(NBClientEngine):
@@ -26,9 +29,3 @@ def _engine():
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
     return Engine
-
-
-def __getattr__(name):  # papermill asks for the engine while it is itself being imported
-    if name == 'Engine':
-        return _engine()
-    raise AttributeError(name)

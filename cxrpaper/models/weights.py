@@ -394,7 +394,9 @@ def published_state(
     checkpoint: dict,  # what a published file holds
     arch: str,  # the architecture that is wanted
     file=None,  # named in errors
-) -> tuple:  # dict name -> tensor under timm's names, layout ('moco', 'torchxrayvision' or 'plain'), what is left unused
+) -> (
+    tuple
+):  # dict name -> tensor under timm's names, layout ('moco', 'torchxrayvision' or 'plain'), what is left unused
     "The backbone in a checkpoint of MoCo's (its query encoder), timm's or torchvision's, or TorchXRayVision's; what is neither backbone nor head is refused."
     state = _unwrap(checkpoint, arch, file)
     with torch.device('meta'):
