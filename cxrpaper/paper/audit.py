@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'COVERAGES', 'ENOUGH', 'QUESTIONS', 'PICTURES',
            'STYLE', 'Brought', 'class_columns', 'as_probabilities', 'class_numbers', 'judged_runs', 'read_predictions',
-           'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell', 'above', 'needs', 'guessing',
-           'each_class', 'leaks', 'attributes_of', 'metadata', 'macro_auc', 'difference', 'against', 'calibrated',
-           'reliability', 'net_benefits', 'useful', 'selective', 'group_gap', 'subgroups', 'doubtful', 'confusions',
-           'ask', 'picture_tag', 'picture_performance', 'picture_decisions', 'draw_confusions', 'picture_subgroups',
-           'html_table', 'page_html', 'report_html', 'audit']
+           'Ranked', 'ranked', 'ranking', 'rankings', 'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell',
+           'above', 'needs', 'guessing', 'each_class', 'leaks', 'attributes_of', 'metadata', 'sampled_macro_auc',
+           'difference', 'against', 'calibrated', 'reliability', 'net_benefits', 'useful', 'selective', 'enough',
+           'sampled_gaps', 'group_gaps', 'subgroups', 'doubtful', 'confusions', 'ask', 'picture_tag',
+           'picture_performance', 'picture_decisions', 'draw_confusions', 'picture_subgroups', 'html_table',
+           'page_html', 'report_html', 'audit']
 
 # %% ../../nbs/appendix/paper/audit.ipynb #39a77fea
 import base64
@@ -23,16 +24,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.cohort import read_rows, refuse
-from cxrpaper.evaluation.metrics import (
-    Resampling,
-    auc,
-    average_precision,
-    estimate,
-    estimated_difference,
-    holm,
-    running_sum,
-    softmax,
-)
+from ..evaluation.metrics import Resampling, estimate, estimated_difference, holm, softmax
 from ..runs import InputError, atomic_dir, file_digest, show_path, write_csv, write_json
 
 # %% ../../nbs/appendix/paper/audit.ipynb #97fb174f
@@ -56,9 +48,13 @@ class Brought:
     kind: str  # what the scores were taken for
     negative: int  # the class that needs nothing done
 
-    def weights(self, how: Resampling):  # yields (N,b): how often each image was drawn, by patient
+    def resamples(self, how: Resampling):  # yields (P,b): how often each patient was drawn
         "Resamples of patients; the same for every model on the same patients."
-        return (q[self.unit] for q in how.weights(self.unit.max() + 1))
+        return how.weights(self.unit.max() + 1)
+
+    def by_patient(self, values) -> np.ndarray:  # (N,) -> (P,)
+        "The sum over the images of each patient."
+        return np.bincount(self.unit, values, self.unit.max() + 1)
 
 # %% ../../nbs/appendix/paper/audit.ipynb #5eba3f56
 def class_columns(t: pd.DataFrame) -> dict:  # class -> column
@@ -157,31 +153,74 @@ def read_predictions(
     return Brought(show_path(path), classes, about, first.y.to_numpy(), whole, unit, t, kind, at)
 
 # %% ../../nbs/appendix/paper/audit.ipynb #c9692088
-def sampled_metrics(y, p, w, classes) -> dict:  # (N,), (N,K), (N,B) -> name -> (B,)
+@dataclass(frozen=True)
+class Ranked:
+    "Images in falling order of the score of a class: what all resamples of patients have in common."
+
+    unit: np.ndarray  # (n,) patient of each image
+    at: np.ndarray  # (m,) places of the images of the class
+    above: np.ndarray  # (m,) for each, how many images have a higher score
+    upto: np.ndarray  # (m,) and how many a score that is not lower
+    own_above: np.ndarray  # (m,) the same of the class's own images
+    own_upto: np.ndarray  # (m,)
+
+
+def ranked(positive, score, unit) -> Ranked:  # (n,) bool, (n,), (n,)
+    "Sort once, for every resample."
+    order = np.argsort(-score, kind='stable')
+    at, falling = np.flatnonzero(positive[order]), -score[order]
+    places = [np.searchsorted(falling, falling[at], side) for side in ('left', 'right')]
+    return Ranked(unit[order], at, *places, *(np.searchsorted(at, k) for k in places))
+
+
+def ranking(r: Ranked, q, ap=True) -> list:  # (P,) how often each patient was drawn -> AUC, average precision if asked for
+    "Area under the ROC curve, ties counted one half, and average precision in one resample; NaN where it lacks a side."
+    w = q[r.unit]
+    own = w[r.at]
+    taken, hits = (np.concatenate([[0], np.cumsum(v)]) for v in (w, own))
+    n, others = hits[-1], taken[-1] - hits[-1]
+    beaten = others - (taken[r.above] - hits[r.own_above] + taken[r.upto] - hits[r.own_upto]) / 2
+    auc = own @ beaten / (n * others) if n * others else np.nan
+    if not ap:
+        return [auc]
+    return [auc, own @ (hits[r.own_upto] / np.maximum(taken[r.upto], 1)) / n if n else np.nan]
+
+
+def rankings(ranks: list, q, ap=True) -> np.ndarray:  # one a class; (P,b) -> (1 or 2,K,b)
+    "`ranking` of every class in every resample."
+    return np.array([[ranking(r, c, ap) for r in ranks] for c in np.ascontiguousarray(q.T)]).transpose(2, 1, 0)
+
+# %% ../../nbs/appendix/paper/audit.ipynb #c9692089
+def sampled_metrics(
+    b: Brought, p
+):  # (N,K) of one run -> a function: (P,b) how often each patient was drawn -> name -> (b,)
     "Every metric of one run, for all resamples at once."
-    right, n = p.argmax(1) == y, w.sum(0)
-    out = {f'AUC {c}': auc(y == k, p[:, k], w) for k, c in enumerate(classes)}
-    ap = {f'AP {c}': average_precision(y == k, p[:, k], w) for k, c in enumerate(classes)}
-    of = [w[y == k] for k in range(len(classes))]
-    share = lambda part, whole: np.divide(part, whole, out=np.full(len(n), np.nan), where=whole > 0)
-    recall = {f'recall {c}': share(right[y == k] @ of[k], of[k].sum(0)) for k, c in enumerate(classes)}
-    mean = lambda d: np.mean(list(d.values()), axis=0)
-    whole = {'macro AUC': mean(out), 'macro AP': mean(ap), 'balanced accuracy': mean(recall), 'accuracy': right @ w / n}
-    confident = {'confidence minus accuracy': (p.max(1) - right) @ w / n}
-    return whole | out | ap | recall | confident
+    right, of = p.argmax(1) == b.y, [b.y == k for k in range(len(b.classes))]
+    ranks = [ranked(k, score, b.unit) for k, score in zip(of, p.T)]
+    parts = [right, np.ones(len(b.y)), p.max(1) - right, *(right & k for k in of), *of]
+    sums = np.stack([b.by_patient(v) for v in parts])  # (3 + 2 K,P)
+
+    def metrics(q):
+        (aucs, aps), s = rankings(ranks, q), sums @ q
+        found, there = s[3:].reshape(2, len(b.classes), -1)
+        recalls = np.divide(found, there, out=np.full(found.shape, np.nan), where=there > 0)
+        named = dict(AUC=aucs, AP=aps, recall=recalls)
+        means = {'macro AUC': aucs.mean(0), 'macro AP': aps.mean(0), 'balanced accuracy': recalls.mean(0)}
+        each = {f'{k} {c}': v for k, values in named.items() for c, v in zip(b.classes, values)}
+        return means | {'accuracy': s[0] / s[1]} | each | {'confidence minus accuracy': s[2] / s[1]}
+
+    return metrics
 
 # %% ../../nbs/appendix/paper/audit.ipynb #a6440318
 def resampled(
     b: Brought, how: Resampling, metrics
-) -> tuple:  # metrics: (y, p, w) -> name -> (B,); values (S,), samples (S,B) by name
+) -> tuple:  # metrics: (b, p) -> (P,b) -> name -> (b,); values (S,), samples (S,B) by name
     "A dictionary of metrics of every run: their values, and in resampled patients."
-    ones, parts = np.ones((len(b.y), 1)), [[] for _ in b.p]
-    values = [metrics(b.y, p, ones) for p in b.p]
-    for w in b.weights(how):
-        for s, p in enumerate(b.p):
-            parts[s].append(metrics(b.y, p, w))
+    runs = [metrics(b, p) for p in b.p]
+    values = [run(np.ones((b.unit.max() + 1, 1))) for run in runs]
+    parts = [[run(q) for run in runs] for q in b.resamples(how)]
     names = list(values[0])
-    samples = {k: np.stack([np.concatenate([d[k] for d in part]) for part in parts]) for k in names}
+    samples = {k: np.stack([np.concatenate([d[s][k] for d in parts]) for s in range(len(runs))]) for k in names}
     return {k: np.array([float(v[k][0]) for v in values]) for k in names}, samples
 
 
@@ -195,7 +234,7 @@ def performance(
     b: Brought, how: Resampling
 ) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, patients, runs
     "Every metric with its interval over patients and, of several, training runs."
-    values, samples = resampled(b, how, lambda *a: sampled_metrics(*a, b.classes))
+    values, samples = resampled(b, how, sampled_metrics)
     size = dict(n=len(b.y), patients=b.unit.max() + 1, runs=len(b.p))
     rows = [dict(metric=k) | estimate(v.mean(), samples[k], v, carrying(b, k), how) | size for k, v in values.items()]
     t = pd.DataFrame(rows)
@@ -285,15 +324,15 @@ def metadata(b, how, tables):
     )
 
 # %% ../../nbs/appendix/paper/audit.ipynb #08556ba6
-def macro_auc(y, p, w) -> np.ndarray:  # (N,), (N,K), (N,B) -> (B,)
+def sampled_macro_auc(b: Brought, p):  # (N,K) of one run -> a function: (P,b) -> {'macro AUC': (b,)}
     "The plain mean of the AUCs of all classes."
-    return np.mean([auc(y == k, p[:, k], w) for k in range(p.shape[1])], 0)
+    ranks = [ranked(b.y == k, p[:, k], b.unit) for k in range(len(b.classes))]
+    return lambda q: {'macro AUC': rankings(ranks, q, ap=False)[0].mean(0)}
 
 
 def difference(a: Brought, b: Brought, how: Resampling) -> pd.Series:
     "Macro AUC of A minus that of B on the same resampled patients (`estimated_difference`)."
-    macro = lambda *of: {'macro AUC': macro_auc(*of)}
-    pair = [tuple(v['macro AUC'] for v in resampled(m, how, macro)) for m in (a, b)]
+    pair = [tuple(v['macro AUC'] for v in resampled(m, how, sampled_macro_auc)) for m in (a, b)]
     return pd.Series(dict(metric='macro AUC') | estimated_difference(*pair, carrying(a, 'macro AUC'), how))
 
 # %% ../../nbs/appendix/paper/audit.ipynb #96e12c52
@@ -337,21 +376,21 @@ def reliability(b: Brought, bins: int = 10) -> pd.DataFrame:  # stated, right, n
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def net_benefits(b: Brought, w) -> np.ndarray:  # (N,B) -> (T,3,B): model, treat all, treat none
+def net_benefits(b: Brought) -> np.ndarray:  # (T,3,P): model, treat all, treat none; summed over the patient's images
     "Net benefit of treating everything but the negative class, mean over runs (Vickers and Elkin 2006)."
-    positive, n, out = b.y != b.negative, w.sum(0), []
+    positive, out = b.y != b.negative, []
     for t in THRESHOLDS:
-        price, every = t / (1 - t), positive @ w - (~positive) @ w * (t / (1 - t))
-        treated = [1 - p[:, b.negative] >= t for p in b.p]
-        model = np.mean([(positive & m) @ w - price * ((~positive & m) @ w) for m in treated], axis=0)
-        out.append([model / n, every / n, 0 * n])
+        worth = np.where(positive, 1.0, -t / (1 - t))
+        treated = np.mean([1 - p[:, b.negative] >= t for p in b.p], axis=0)
+        out.append([b.by_patient(worth * treated), b.by_patient(worth), np.zeros(b.unit.max() + 1)])
     return np.array(out)
 
 # %% ../../nbs/appendix/paper/audit.ipynb #bc808ed6
 def useful(b, how, tables):
     "Net benefit lies above that of treating all and of treating none at a threshold of 0.1 to 0.5, with its interval."
-    value = net_benefits(b, np.ones((len(b.y), 1)))[..., 0]
-    samples = np.concatenate([net_benefits(b, w) for w in b.weights(how)], -1)
+    benefit, size = net_benefits(b), b.by_patient(np.ones(len(b.y)))
+    value = benefit.sum(-1) / len(b.y)
+    samples = np.concatenate([benefit @ q / (size @ q) for q in b.resamples(how)], -1)
     gain, drawn = value[:, 0] - value[:, 1:].max(1), samples[:, 0] - samples[:, 1:].max(1)
     lo, hi = np.array([how.interval(d)[:2] for d in drawn]).T
     t = pd.DataFrame(dict(threshold=THRESHOLDS, model=value[:, 0], treat_all=value[:, 1], gain=gain, lo=lo, hi=hi))
@@ -369,14 +408,14 @@ def selective(b, how, tables):
     p = b.p.mean(0)
     wrong, order = p.argmax(1) != b.y, np.argsort(-p.max(1), kind='stable')
 
-    def risks(w):  # (N,B) -> (len(COVERAGES),B)
-        kept, bad = running_sum(w[order]), running_sum(w[order] * wrong[order, None])
-        n = w.sum(0)
-        at = [np.clip((kept < c * n).sum(0), 0, len(order) - 1) for c in COVERAGES]
-        return np.array([np.take_along_axis(bad, i[None], 0)[0] / np.take_along_axis(kept, i[None], 0)[0] for i in at])
+    def risks(q):  # (P,) -> (len(COVERAGES),)
+        w = q[b.unit[order]]
+        kept, bad = np.cumsum(w), np.cumsum(w * wrong[order])
+        at = np.searchsorted(kept, np.array(COVERAGES) * kept[-1]).clip(max=len(order) - 1)
+        return bad[at] / kept[at]
 
-    value = risks(np.ones((len(b.y), 1)))[:, 0]
-    drawn = np.concatenate([risks(w) for w in b.weights(how)], 1)
+    value = risks(np.ones(b.unit.max() + 1))
+    drawn = np.concatenate([np.stack([risks(c) for c in q.T.copy()], 1) for q in b.resamples(how)], 1)
     lo, hi = np.array([how.interval(d)[:2] for d in drawn]).T
     t = pd.DataFrame(dict(coverage=COVERAGES, error=value, lo=lo, hi=hi))
     less = drawn[-1] - drawn[COVERAGES.index(0.5)]
@@ -385,36 +424,54 @@ def selective(b, how, tables):
     return said, above(down, up, 0), t
 
 # %% ../../nbs/appendix/paper/audit.ipynb #08bd080a
-def group_gap(
-    b: Brought, how: Resampling, inside
-) -> dict:  # inside: (N,) bool; empty where a side has too few patients of a class
-    "Macro AUC of a group minus that of the others, with its interval, p, and the gap that would be found in four of five studies."
-    few = min(len(np.unique(b.unit[s & (b.y == k)])) for s in (inside, ~inside) for k in range(len(b.classes)))
-    if few < ENOUGH:
-        return {}
-    macro = lambda i, p, w: macro_auc(b.y[i], p[i], w[i])
-    gap = lambda w: np.mean([macro(inside, p, w) - macro(~inside, p, w) for p in b.p], 0)
-    value, drawn = float(gap(np.ones((len(b.y), 1)))[0]), np.concatenate([gap(w) for w in b.weights(how)])
-    lo, hi, _ = how.interval(drawn)
-    beyond = (1 + 2 * min((drawn >= 0).sum(), (drawn <= 0).sum())) / (1 + len(drawn))
-    return dict(gap=value, lo=lo, hi=hi, detectable=2.8 * np.nanstd(drawn, ddof=1), p=min(1.0, beyond))
-
-
 ENOUGH = 5  # patients of every class on both sides
+
+
+def enough(b: Brought, inside) -> bool:  # (N,) bool
+    "Whether a group and the others have enough patients of every class."
+    few = (len(np.unique(b.unit[s & (b.y == k)])) for s in (inside, ~inside) for k in range(len(b.classes)))
+    return min(few) >= ENOUGH
+
+
+def sampled_gaps(b: Brought, groups: list):  # (N,) bool each -> a function: (P,b) -> (G,b)
+    "Macro AUC of each group minus that of the others, mean over runs; of two groups, the second is the first from the other side."
+    part = lambda i, p: [ranked(b.y[i] == k, p[i, k], b.unit[i]) for k in range(len(b.classes))]
+    mirrored = [next((h for h in range(g) if (groups[h] == ~i).all()), None) for g, i in enumerate(groups)]
+    sides = [None if m is not None else [(part(i, p), part(~i, p)) for p in b.p] for i, m in zip(groups, mirrored)]
+    macro = lambda ranks, q: rankings(ranks, q, ap=False)[0].mean(0)
+
+    def gaps(q):
+        out = []
+        for side, m in zip(sides, mirrored):
+            out.append(-out[m] if side is None else np.mean([macro(i, q) - macro(o, q) for i, o in side], 0))
+        return np.array(out)
+
+    return gaps
+
+
+def group_gaps(b: Brought, how: Resampling, groups: list) -> list:  # (N,) bool each -> a dictionary each
+    "Gaps with their intervals, p, and the gap that would be found in four of five studies."
+    gaps, out = sampled_gaps(b, groups), []
+    drawn = np.concatenate([gaps(q) for q in b.resamples(how)], 1)
+    for value, d in zip(gaps(np.ones((b.unit.max() + 1, 1)))[:, 0], drawn):
+        lo, hi, _ = how.interval(d)
+        beyond = (1 + 2 * min((d >= 0).sum(), (d <= 0).sum())) / (1 + len(d))
+        out.append(dict(gap=float(value), lo=lo, hi=hi, detectable=2.8 * np.nanstd(d, ddof=1), p=min(1.0, beyond)))
+    return out
 
 # %% ../../nbs/appendix/paper/audit.ipynb #7705bf02
 def subgroups(b, how, tables, large=0.1):
     "No group's macro AUC is lower than that of the others (Holm), and none could be by 0.1 without being seen."
     needs(b, *ATTRIBUTES)
-    groups, rows = attributes_of(b), []
-    for column in groups:
-        for level, at in groups.groupby(column).groups.items():
-            inside = np.isin(np.arange(len(b.y)), at)
-            row = dict(attribute=column, group=level, n=int(inside.sum()), patients=len(np.unique(b.unit[inside])))
-            rows.append(row | group_gap(b, how, inside))
-    t = pd.DataFrame(rows)
-    if 'gap' not in t:
+    table, n = attributes_of(b), np.arange(len(b.y))
+    groups = [(c, level, np.isin(n, at)) for c in table for level, at in table.groupby(c).groups.items()]
+    size = lambda i: dict(n=int(i.sum()), patients=len(np.unique(b.unit[i])))
+    t = pd.DataFrame([dict(attribute=c, group=level) | size(i) for c, level, i in groups])
+    asked = [enough(b, i) for *_, i in groups]
+    if not any(asked):
         raise InputError(f'no group has {ENOUGH} patients of every class', file=b.name, hint='bring more patients')
+    found = group_gaps(b, how, [i for (*_, i), a in zip(groups, asked) if a])
+    t = t.join(pd.DataFrame(found, index=np.flatnonzero(asked)))
     t['p_adjusted'] = holm(t.p)
     asked = t.dropna(subset='gap')
     worst = asked.loc[asked.gap.idxmin()]

@@ -13,16 +13,18 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runs import InputError, resolve, show_path, write_csv
+from ..runs import InputError, lacking, resolve, show_path, write_csv
 
 # %% ../../nbs/appendix/paper/commands.ipynb #2d1b95a9
 @contextmanager
 def told(command: str):  # the name that it is called by
-    "An InputError becomes one line on stderr and exit status 1."
+    "An InputError, or a library that is not installed, becomes one line on stderr and exit status 1."
     try:
         yield
     except InputError as e:
         raise SystemExit(f'{command}: {e}') from None
+    except ModuleNotFoundError as e:
+        raise SystemExit(f'{command}: {lacking(e.name.partition(".")[0])}') from None
 
 
 def options(
