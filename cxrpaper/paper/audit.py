@@ -173,7 +173,9 @@ def ranked(positive, score, unit) -> Ranked:  # (n,) bool, (n,), (n,)
     return Ranked(unit[order], at, *places, *(np.searchsorted(at, k) for k in places))
 
 
-def ranking(r: Ranked, q, ap=True) -> list:  # (P,) how often each patient was drawn -> AUC, average precision if asked for
+def ranking(
+    r: Ranked, q, ap=True
+) -> list:  # (P,) how often each patient was drawn -> AUC, average precision if asked for
     "Area under the ROC curve, ties counted one half, and average precision in one resample; NaN where it lacks a side."
     w = q[r.unit]
     own = w[r.at]
