@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'OF_A_RUN', 'TERMS', 'METADATA', 'README', 'finished', 'add_file', 'add_entity', 'add_code', 'add_step',
-           'add_run', 'add_artefact', 'span', 'new_crate', 'codecheck', 'add_texts', 'crate_of', 'check_crate',
-           'write_crate']
+           'add_run', 'add_artefact', 'job_times', 'span', 'new_crate', 'codecheck', 'add_workflow', 'add_texts',
+           'crate_of', 'check_crate', 'write_crate']
 
 # %% ../../nbs/appendix/paper/crate.ipynb #094696b7
 import json
@@ -14,7 +14,6 @@ import re
 import shutil
 import tempfile
 from configparser import ConfigParser
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -108,22 +107,30 @@ def add_run(crate, run: str):  # its folder
     return add_step(crate, run, about, code, inputs + parameters + [s for s in starts if s], files.values())
 
 
-def add_artefact(crate, t):  # a row of `artefacts`
+def add_artefact(crate, t, jobs: pd.DataFrame):  # a row of `artefacts`; from `job_times`
     "A table, a figure or a report: from the provenance of its runs, by its page."
     side = json.loads((t.folder / f'{t.name}.json').read_text(encoding='utf-8'))
     files = [add_file(crate, t.folder / f) for f in (*t.files, f'{t.name}.json')]
     runs = [crate.get(f'{run}/provenance.json') for run in t.runs]
     about = dict(name=t.name, description=re.sub(r'\*\*', '', t.caption) or t.name)
-    return add_step(crate, t.name, about, add_code(crate, made_by(t.name), side['code']), runs, files)
+    page = made_by(t.name)
+    ends = jobs.end[jobs.notebook == page]
+    about |= dict(endTime=ends.max().isoformat(timespec='seconds')) if len(ends) else {}
+    return add_step(crate, t.name, about, add_code(crate, page, side['code']), runs, files)
 
 # %% ../../nbs/appendix/paper/crate.ipynb #2d57b90a
-def span(study: dict) -> dict:  # startTime, endTime
-    "From the first executed notebook to the end of the last."
+def job_times(study: dict) -> pd.DataFrame:  # notebook, start, end
+    "When each executed notebook of a study began and ended."
     jobs = executed(study)
-    jobs = jobs[jobs.when != '']
-    at = [datetime.fromisoformat(f'{w}:00+00:00') for w in jobs.when]
-    ends = [a + timedelta(seconds=float(s)) for a, s in zip(at, jobs.wall_s.fillna(0))]
-    return dict(startTime=min(at).isoformat(), endTime=max(ends).isoformat(timespec='seconds')) if at else {}
+    start = pd.to_datetime(jobs.when.where(jobs.when != ''), utc=True)
+    return jobs[['notebook']].assign(start=start, end=start + pd.to_timedelta(jobs.wall_s.fillna(0), 's')).dropna()
+
+
+def span(jobs: pd.DataFrame, runs) -> dict:  # from `job_times`; folders of runs; startTime, endTime
+    "From the first executed notebook to the end of the last, or of the last run."
+    ends = [*jobs.end, *(pd.Timestamp(load_run(r)['written']) for r in runs)]
+    said = dict(startTime=jobs.start.min().isoformat()) if len(jobs) else {}
+    return said | dict(endTime=max(ends).isoformat(timespec='seconds'))
 
 
 def new_crate(title: str, about: str, date: str):  # an ROCrate of version 1.1
@@ -134,7 +141,7 @@ def new_crate(title: str, about: str, date: str):  # an ROCrate of version 1.1
     crate.metadata.extra_terms.update(TERMS)
     crate.name, crate.description, crate.datePublished = title, about, date
     crate.creator = add_entity(crate, 'authors', 'Organization', name=s['author'], url=s['git_url'])
-    crate.publisher = crate.creator
+    crate.root_dataset['author'] = crate.publisher = crate.creator
     crate.license = add_entity(crate, 'https://www.apache.org/licenses/LICENSE-2.0', 'CreativeWork', name='Apache-2.0')
     profiles = [add_entity(crate, k, 'CreativeWork', name=v, version=k[-3:]) for k, v in PROFILES.items()]
     crate.root_dataset['conformsTo'] = profiles
@@ -156,10 +163,10 @@ Radiographs, weights and predictions are not in here.
 
 
 def codecheck(things: pd.DataFrame) -> dict:  # from `artefacts`
-    "What a codechecker should get: every table and figure with the first sentence of its caption."
+    "What a codechecker should get: every table and figure with the title of its caption."
     cited = yaml.safe_load((project_root() / 'CITATION.cff').read_text(encoding='utf-8'))
     manifest = [
-        dict(file=show_path(t.folder / f), comment=re.sub(r'\*\*', '', t.caption).split('. ', 2)[1])
+        dict(file=show_path(t.folder / f), comment=re.match(r'\*\*(.+?)\*\*', t.caption)[1])
         for t in things.itertuples()
         for f in t.files
         if t.name.startswith(('table', 'figure')) and f.endswith(('.csv', '.png'))
@@ -169,6 +176,15 @@ def codecheck(things: pd.DataFrame) -> dict:  # from `artefacts`
     return dict(version='https://codecheck.org.uk/spec/config/1.0/', paper=paper, manifest=manifest)
 
 # %% ../../nbs/appendix/paper/crate.ipynb #bcdad559
+def add_workflow(crate):
+    "The Snakefile."
+    s, file = _settings(), project_root() / 'Snakefile'
+    conforms = {'@id': 'https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE'}
+    about = dict(name='the study as a graph', version=s['version'], url=s['git_url'], sha256=file_digest(file))
+    about |= dict(encodingFormat='text/plain', conformsTo=conforms)
+    return crate.add_workflow(file, 'Snakefile', main=True, lang='snakemake', properties=about)
+
+
 def add_texts(crate, folder: Path, study_file, things, runs: list):  # folder: of the texts, until the crate is written
     "README.md and codecheck.yml."
     commits = [json.loads((resolve(r) / 'provenance.json').read_text(encoding='utf-8'))['commit'] for r in runs]
@@ -185,21 +201,21 @@ def add_texts(crate, folder: Path, study_file, things, runs: list):  # folder: o
 
 def crate_of(study: dict, study_file, things: pd.DataFrame, folder: Path):  # ROCrate
     "Everything behind a study's tables and figures, as entities."
-    runs, when = dict.fromkeys([*needed_runs(study), *(r for k in things.runs for r in k)]), span(study)
+    runs = list(dict.fromkeys([*needed_runs(study), *(r for k in things.runs for r in k)]))
+    jobs = job_times(study)
+    when = span(jobs, runs)
     said = ' '.join(re.sub(r'\*\*', '', c) for c in cautions(study, study_file, things))
     about = (
         f'{len(things)} tables, figures and reports of the study {study["name"]}, {len(runs)} runs behind them. {said}'
     )
-    crate = new_crate(f'{_settings()["title"]}: study {study["name"]}', about.strip(), when.get('endTime', '')[:10])
-    root, version = project_root(), _settings()['version']
-    main = dict(name='the study as a graph', version=version, sha256=file_digest(root / 'Snakefile'))
-    workflow = crate.add_workflow(root / 'Snakefile', 'Snakefile', main=True, lang='snakemake', properties=main)
+    crate = new_crate(f'{_settings()["title"]}: study {study["name"]}', about.strip(), when['endTime'][:10])
+    root, workflow = project_root(), add_workflow(crate)
     given = [add_file(crate, f) for f in (resolve(study_file), root / 'settings.ini', root / 'requirements.lock')]
     for run in sorted(runs, key=lambda r: len(origin(load_run(r)))):  # those that others start from come first
         add_run(crate, run)
-    made = [f for t in things.itertuples() for f in add_artefact(crate, t)['result']]
+    made = [f for t in things.itertuples() for f in add_artefact(crate, t, jobs)['result']]
     add_step(crate, 'study', dict(name=f'study {study["name"]}', description=about) | when, workflow, given, made)
-    add_texts(crate, folder, study_file, things, list(runs))
+    add_texts(crate, folder, study_file, things, runs)
     return crate
 
 # %% ../../nbs/appendix/paper/crate.ipynb #76cfe2cb
