@@ -111,7 +111,7 @@ def test_the_validator_finds_nothing_and_finds_what_is_wrong(project):
     ask = [VALIDATOR, '-y', '--disable-color', 'validate', '-p', 'workflow-run-crate', '--no-paging']
     validate = lambda: subprocess.run([*ask, str(crate)], capture_output=True, text=True, cwd=root)
     r = validate()
-    if 'w3id.org' in r.stdout + r.stderr and 'valid workflow-run-crate' not in r.stdout:
+    if 'urlopen error' in r.stdout or 'Failed to resolve' in r.stdout:
         pytest.skip('the validator reads the context of RO-Crate from w3id.org, which is not within reach')
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-2000:]
     metadata = crate / 'ro-crate-metadata.json'

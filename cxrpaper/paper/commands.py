@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY_FILE', 'told', 'options', 'plan', 'where', 'verify', 'reproduce', 'reread', 'audit', 'predict', 'lines_of',
-           'crate']
+           'onnx', 'crate']
 
 # %% ../../nbs/appendix/paper/commands.ipynb #de232679
 import argparse
@@ -191,6 +191,26 @@ def lines_of(found: list) -> str:  # facts of `read_radiographs`
     said = lambda f: ', '.join(f'{c} {v:.2f}' for c, v in f['probabilities'].items())
     unlike = lambda f: '; unlike the training images' * f['unlike_the_training_images']
     return '\n'.join(f"{k} ({f['pixels']}): {said(f)}{unlike(f)}" for k, f in enumerate(found, 1))
+
+# %% ../../nbs/appendix/paper/commands.ipynb #c4a7e002
+def onnx(argv=None):
+    "Console script `cxr_onnx`."
+    about = 'A trained model as one ONNX file, held against PyTorch before it is written. Research use only.'
+    a = options(
+        'cxr_onnx',
+        about,
+        argv,
+        run=dict(default=None, required=True, help='folder of a finished run of 04_finetune'),
+        out=dict(default='model.onnx', help='the file (model.onnx)'),
+        data=dict(default=None, help='the corpus that the run was trained on (the phantom)'),
+        adapter=dict(default='auto', help='which corpus that is'),
+    )
+    with told('cxr_onnx'):
+        from cxrpaper.paper.exchange import export_onnx
+
+        found = export_onnx(a.run, Path(a.out).absolute(), a.data, a.adapter)
+    worst = ', '.join(f'{k} {v:.1e}' for k, v in found.items())
+    print(f'{a.out}: differs from PyTorch by at most {worst}')
 
 # %% ../../nbs/appendix/paper/commands.ipynb #c4a7e001
 def crate(argv=None):
