@@ -79,7 +79,8 @@ def add_code(crate, notebook: str, digest: str, commit=None):  # notebook: below
 def add_step(crate, name: str, about: dict, instrument, inputs, outputs):
     "An action: what ran, what went in, what came out. The crate mentions it."
     step = add_entity(crate, name, 'CreateAction', **about)
-    step['instrument'], step['object'], step['result'] = instrument, list(inputs), list(outputs)
+    of = lambda v: v[0] if len(v := list(v)) == 1 else v
+    step['instrument'], step['object'], step['result'] = instrument, of(inputs), of(outputs)
     step['agent'] = crate.get('#authors')
     crate.root_dataset.append_to('mentions', step)
     return step
@@ -156,7 +157,7 @@ README = """# {title}
 `ro-crate-metadata.json` says of every file what it is, its SHA-256, and the step that made it: the runs behind a table or a figure, their parameters, code and data. `codecheck.yml` lists what should come out when the study is made again.
 
 * Are the files as they were written? `pip install 'cxrpaper[crate]'`, then `cxr_crate --check .`
-* To make them again: {repository} at commit {commit}, then `make paper` with `{study}`.
+* To make them again: {repository} at {commit}, then `make paper` with `{study}`.
 
 Radiographs, weights and predictions are not in here.
 """
@@ -189,7 +190,7 @@ def add_texts(crate, folder: Path, study_file, things, runs: list):  # folder: o
     "README.md and codecheck.yml."
     commits = [json.loads((resolve(r) / 'provenance.json').read_text(encoding='utf-8'))['commit'] for r in runs]
     about = dict(title=crate.name, about=crate.description, repository=_settings()['git_url'])
-    commit = ', '.join(sorted({c for c in commits if c})) or 'that is not known'
+    commit = ', '.join(sorted({f'commit {c}' for c in commits if c})) or 'a commit that is not known'
     text = README.format(**about, commit=commit, study=show_path(study_file))
     (folder / 'README.md').write_text(text, encoding='utf-8')
     note = '# codechecker, report and certificate are added by whoever repeats the work\n'
