@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'COVERAGES', 'ENOUGH', 'QUESTIONS', 'ITEMS',
-           'PICTURES', 'STYLE', 'HEADINGS', 'Brought', 'class_columns', 'as_probabilities', 'class_numbers',
-           'judged_runs', 'read_predictions', 'Ranked', 'ranked', 'ranking', 'rankings', 'sampled_metrics', 'resampled',
-           'carrying', 'performance', 'cell', 'above', 'needs', 'guessing', 'each_class', 'leaks', 'attributes_of',
-           'metadata', 'sampled_macro_auc', 'difference', 'against', 'calibrated', 'reliability', 'net_benefits',
-           'useful', 'selective', 'enough', 'sampled_gaps', 'group_gaps', 'subgroups', 'doubtful', 'confusions', 'ask',
-           'facts_of', 'checklist', 'picture_tag', 'picture_performance', 'picture_decisions', 'draw_confusions',
-           'picture_subgroups', 'html_table', 'page_html', 'report_html', 'audit']
+           'PICTURES', 'STYLE', 'HEADINGS', 'drawn_patients', 'Brought', 'class_columns', 'as_probabilities',
+           'class_numbers', 'judged_runs', 'read_predictions', 'Ranked', 'ranked', 'cumulated', 'ranking', 'rankings',
+           'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell', 'above', 'needs', 'guessing',
+           'each_class', 'leaks', 'attributes_of', 'metadata', 'sampled_macro_auc', 'difference', 'against',
+           'calibrated', 'reliability', 'net_benefits', 'useful', 'selective', 'enough', 'sampled_gaps', 'group_gaps',
+           'subgroups', 'doubtful', 'confusions', 'ask', 'facts_of', 'checklist', 'picture_tag', 'picture_performance',
+           'picture_decisions', 'draw_confusions', 'picture_subgroups', 'html_table', 'page_html', 'report_html',
+           'audit']
 
 # %% ../../nbs/appendix/paper/audit.ipynb #39a77fea
 import base64
@@ -18,6 +19,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,12 @@ PREFIXES = ('p_', 'prob_', 'logit_')
 LEAST, MOST = 2, 20  # classes
 
 
+@lru_cache(maxsize=1)
+def drawn_patients(how: Resampling, n: int) -> list:  # (b,n) uint8 each: one byte a patient and resample
+    "How often each patient was drawn, kept for the next question."
+    return [q.T.astype(np.uint8, order='C') for q in how.weights(n)]
+
+
 @dataclass(frozen=True)
 class Brought:
     "Predictions of one model on the images that are judged, and whatever else was brought with them."
@@ -48,9 +56,9 @@ class Brought:
     kind: str  # what the scores were taken for
     negative: int  # the class that needs nothing done
 
-    def resamples(self, how: Resampling):  # yields (P,b): how often each patient was drawn
+    def resamples(self, how: Resampling):  # yields (b,P): how often each patient was drawn
         "Resamples of patients; the same for every model on the same patients."
-        return how.weights(self.unit.max() + 1)
+        return (q.astype(float) for q in drawn_patients(how, self.unit.max() + 1))
 
     def by_patient(self, values) -> np.ndarray:  # (N,) -> (P,)
         "The sum over the images of each patient."
@@ -163,6 +171,7 @@ class Ranked:
     upto: np.ndarray  # (m,) and how many a score that is not lower
     own_above: np.ndarray  # (m,) the same of the class's own images
     own_upto: np.ndarray  # (m,)
+    tied: bool  # with an image of another class
 
 
 def ranked(positive, score, unit) -> Ranked:  # (n,) bool, (n,), (n,)
@@ -170,32 +179,39 @@ def ranked(positive, score, unit) -> Ranked:  # (n,) bool, (n,), (n,)
     order = np.argsort(-score, kind='stable')
     at, falling = np.flatnonzero(positive[order]), -score[order]
     places = [np.searchsorted(falling, falling[at], side) for side in ('left', 'right')]
-    return Ranked(unit[order], at, *places, *(np.searchsorted(at, k) for k in places))
+    own = [np.searchsorted(at, k) for k in places]
+    return Ranked(unit[order], at, *places, *own, tied=bool((np.diff(places, axis=0) != np.diff(own, axis=0)).any()))
 
 
-def ranking(
-    r: Ranked, q, ap=True
-) -> list:  # (P,) how often each patient was drawn -> AUC, average precision if asked for
+def cumulated(w) -> np.ndarray:  # (n,) -> (n+1,): sums of the first 0 to n
+    out = np.zeros(len(w) + 1)
+    np.cumsum(w, out=out[1:])
+    return out
+
+
+def ranking(r: Ranked, q, ap=True) -> list:  # (P,) how often each patient was drawn -> AUC, and AP if asked for
     "Area under the ROC curve, ties counted one half, and average precision in one resample; NaN where it lacks a side."
     w = q[r.unit]
     own = w[r.at]
-    taken, hits = (np.concatenate([[0], np.cumsum(v)]) for v in (w, own))
+    taken, hits = cumulated(w), cumulated(own)
     n, others = hits[-1], taken[-1] - hits[-1]
-    beaten = others - (taken[r.above] - hits[r.own_above] + taken[r.upto] - hits[r.own_upto]) / 2
-    auc = own @ beaten / (n * others) if n * others else np.nan
+    better = taken[r.above] - hits[r.own_above]
+    if r.tied:
+        better = (better + taken[r.upto] - hits[r.own_upto]) / 2
+    auc = own @ (others - better) / (n * others) if n * others else np.nan
     if not ap:
         return [auc]
     return [auc, own @ (hits[r.own_upto] / np.maximum(taken[r.upto], 1)) / n if n else np.nan]
 
 
-def rankings(ranks: list, q, ap=True) -> np.ndarray:  # one a class; (P,b) -> (1 or 2,K,b)
+def rankings(ranks: list, q, ap=True) -> np.ndarray:  # one a class; (b,P) -> (1 or 2,K,b)
     "`ranking` of every class in every resample."
-    return np.array([[ranking(r, c, ap) for r in ranks] for c in np.ascontiguousarray(q.T)]).transpose(2, 1, 0)
+    return np.array([[ranking(r, c, ap) for r in ranks] for c in q]).transpose(2, 1, 0)
 
 # %% ../../nbs/appendix/paper/audit.ipynb #c9692089
 def sampled_metrics(
     b: Brought, p
-):  # (N,K) of one run -> a function: (P,b) how often each patient was drawn -> name -> (b,)
+):  # (N,K) of one run -> a function: (b,P) how often each patient was drawn -> name -> (b,)
     "Every metric of one run, for all resamples at once."
     right, of = p.argmax(1) == b.y, [b.y == k for k in range(len(b.classes))]
     ranks = [ranked(k, score, b.unit) for k, score in zip(of, p.T)]
@@ -203,7 +219,7 @@ def sampled_metrics(
     sums = np.stack([b.by_patient(v) for v in parts])  # (3 + 2 K,P)
 
     def metrics(q):
-        (aucs, aps), s = rankings(ranks, q), sums @ q
+        (aucs, aps), s = rankings(ranks, q), sums @ q.T
         found, there = s[3:].reshape(2, len(b.classes), -1)
         recalls = np.divide(found, there, out=np.full(found.shape, np.nan), where=there > 0)
         named = dict(AUC=aucs, AP=aps, recall=recalls)
@@ -216,10 +232,10 @@ def sampled_metrics(
 # %% ../../nbs/appendix/paper/audit.ipynb #a6440318
 def resampled(
     b: Brought, how: Resampling, metrics
-) -> tuple:  # metrics: (b, p) -> (P,b) -> name -> (b,); values (S,), samples (S,B) by name
+) -> tuple:  # metrics: (b, p) -> (b,P) -> name -> (b,); values (S,), samples (S,B) by name
     "A dictionary of metrics of every run: their values, and in resampled patients."
     runs = [metrics(b, p) for p in b.p]
-    values = [run(np.ones((b.unit.max() + 1, 1))) for run in runs]
+    values = [run(np.ones((1, b.unit.max() + 1))) for run in runs]
     parts = [[run(q) for run in runs] for q in b.resamples(how)]
     names = list(values[0])
     samples = {k: np.stack([np.concatenate([d[s][k] for d in parts]) for s in range(len(runs))]) for k in names}
@@ -326,7 +342,7 @@ def metadata(b, how, tables):
     )
 
 # %% ../../nbs/appendix/paper/audit.ipynb #08556ba6
-def sampled_macro_auc(b: Brought, p):  # (N,K) of one run -> a function: (P,b) -> {'macro AUC': (b,)}
+def sampled_macro_auc(b: Brought, p):  # (N,K) of one run -> a function: (b,P) -> {'macro AUC': (b,)}
     "The plain mean of the AUCs of all classes."
     ranks = [ranked(b.y == k, p[:, k], b.unit) for k in range(len(b.classes))]
     return lambda q: {'macro AUC': rankings(ranks, q, ap=False)[0].mean(0)}
@@ -392,7 +408,7 @@ def useful(b, how, tables):
     "Net benefit lies above that of treating all and of treating none at a threshold of 0.1 to 0.5, with its interval."
     benefit, size = net_benefits(b), b.by_patient(np.ones(len(b.y)))
     value = benefit.sum(-1) / len(b.y)
-    samples = np.concatenate([benefit @ q / (size @ q) for q in b.resamples(how)], -1)
+    samples = np.concatenate([benefit @ q.T / (size @ q.T) for q in b.resamples(how)], -1)
     gain, drawn = value[:, 0] - value[:, 1:].max(1), samples[:, 0] - samples[:, 1:].max(1)
     lo, hi = np.array([how.interval(d)[:2] for d in drawn]).T
     t = pd.DataFrame(dict(threshold=THRESHOLDS, model=value[:, 0], treat_all=value[:, 1], gain=gain, lo=lo, hi=hi))
@@ -417,7 +433,7 @@ def selective(b, how, tables):
         return bad[at] / kept[at]
 
     value = risks(np.ones(b.unit.max() + 1))
-    drawn = np.concatenate([np.stack([risks(c) for c in q.T.copy()], 1) for q in b.resamples(how)], 1)
+    drawn = np.concatenate([np.stack([risks(c) for c in q], 1) for q in b.resamples(how)], 1)
     lo, hi = np.array([how.interval(d)[:2] for d in drawn]).T
     t = pd.DataFrame(dict(coverage=COVERAGES, error=value, lo=lo, hi=hi))
     less = drawn[-1] - drawn[COVERAGES.index(0.5)]
@@ -435,7 +451,7 @@ def enough(b: Brought, inside) -> bool:  # (N,) bool
     return min(few) >= ENOUGH
 
 
-def sampled_gaps(b: Brought, groups: list):  # (N,) bool each -> a function: (P,b) -> (G,b)
+def sampled_gaps(b: Brought, groups: list):  # (N,) bool each -> a function: (b,P) -> (G,b)
     "Macro AUC of each group minus that of the others, mean over runs; of two groups, the second is the first from the other side."
     part = lambda i, p: [ranked(b.y[i] == k, p[i, k], b.unit[i]) for k in range(len(b.classes))]
     mirrored = [next((h for h in range(g) if (groups[h] == ~i).all()), None) for g, i in enumerate(groups)]
@@ -455,7 +471,7 @@ def group_gaps(b: Brought, how: Resampling, groups: list) -> list:  # (N,) bool 
     "Gaps with their intervals, p, and the gap that would be found in four of five studies."
     gaps, out = sampled_gaps(b, groups), []
     drawn = np.concatenate([gaps(q) for q in b.resamples(how)], 1)
-    for value, d in zip(gaps(np.ones((b.unit.max() + 1, 1)))[:, 0], drawn):
+    for value, d in zip(gaps(np.ones((1, b.unit.max() + 1)))[:, 0], drawn):
         lo, hi, _ = how.interval(d)
         beyond = (1 + 2 * min((d >= 0).sum(), (d <= 0).sum())) / (1 + len(d))
         out.append(dict(gap=float(value), lo=lo, hi=hi, detectable=2.8 * np.nanstd(d, ddof=1), p=min(1.0, beyond)))
