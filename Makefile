@@ -33,7 +33,7 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce test test-quick lab book readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -63,6 +63,9 @@ verify: .venv/installed ## recompute every table and figure from the saved runs;
 
 reproduce: .venv/installed ## after make paper: the tables made here against the committed ones, cell by cell; fails if more lie outside than training again explains
 	@$(BIN)/cxr_reproduce config/$(PROFILE).yaml
+
+crate: .venv/installed ## a finished study to pass on: tables and figures with the runs, code and data digests behind each (crate/, RO-Crate and codecheck.yml)
+	@$(BIN)/cxr_crate config/$(PROFILE).yaml
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite

@@ -55,7 +55,9 @@ def copy(tmp_path_factory):
     (d / 'cxrpaper').mkdir()
     for f in ('settings.ini', 'setup.py'):
         shutil.copy(ROOT / f, d / f)
-    shutil.copy(ROOT / 'cxrpaper' / '__init__.py', d / 'cxrpaper' / '__init__.py')
+    for f in (ROOT / 'cxrpaper').rglob('__init__.py'):  # no notebook writes these
+        (d / f.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(f, d / f.relative_to(ROOT))
     for tool in ('nbdev_clean', 'nbdev_export'):
         subprocess.run([BIN / tool], cwd=d, check=True, capture_output=True)
     return d

@@ -106,7 +106,7 @@ def clone(to, like=None):
     to.mkdir()
     for d in ('nbs', 'cxrpaper', 'config'):
         shutil.copytree(ROOT / d, to / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock'):
+    for f in ('settings.ini', 'setup.py', 'Snakefile', 'Makefile', 'README.md', 'requirements.lock', 'CITATION.cff'):
         shutil.copy2(ROOT / f, to / f)
     (to / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(WIDER))
     add_made_up(to)
@@ -272,6 +272,24 @@ def test_tables_are_verified(whole):
     assert (
         changed.returncode == 1 and 'figures/table2.csv: differs' in changed.stdout and 'table1' not in changed.stdout
     )
+
+
+def test_a_finished_study_can_be_passed_on(whole):
+    "The crate holds every table and figure, each with the step that made it, from the runs that its sidecar names."
+    said = cxr(whole, 'cxr_crate', 'config/tiny.yaml', '--out', 'crate/tiny')
+    assert said.returncode == 0, said.stderr
+    crate = whole / 'crate' / 'tiny'
+    graph = {e['@id']: e for e in json.loads((crate / 'ro-crate-metadata.json').read_text())['@graph']}
+    ids = lambda v: {o['@id'] for o in (v if isinstance(v, list) else [v])}
+    sides = [json.loads(f.read_text()) for f in (whole / 'figures').glob('*.json')]
+    assert len(sides) == 32
+    for side in sides:
+        step = graph[f'#{side["name"]}']
+        assert ids(step['result']) == {f'figures/{f}' for f in (*side['files'], f'{side["name"]}.json')}
+        assert ids(step.get('object', [])) == {f'{run}/provenance.json' for run in side['runs']}
+    moco = graph['#runs/smoke/finetune/resnet10t-moco-fold0-seed0']
+    assert 'runs/smoke/moco/resnet10t/provenance.json' in ids(moco['object'])
+    assert cxr(whole, 'cxr_crate', '--check', 'crate/tiny').returncode == 0
 
 
 def test_nothing_is_done_twice(whole):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.covariance import LedoitWolf
 
 from ..data.folds import assign_folds
@@ -42,7 +41,7 @@ class Reading:
     "A trained model and what is needed to read a radiograph with it."
 
     run: str
-    model: torch.nn.Module
+    model: object  # MultiTask or classifier
     params: object  # of the run
     validation: pd.DataFrame  # predictions
     scaling: Scaling
@@ -56,6 +55,8 @@ class Reading:
 
 def map_means(encoder, images) -> np.ndarray:  # (n,px,px) uint8 -> (n, channels of all maps)
     "The mean of every feature map, from the finest to the last."
+    import torch
+
     with evaluating(encoder), autocast_for('cpu', precision_of(encoder)):
         x = torch.from_numpy(np.array(images))[:, None].float() / 255
         parts = [[m.float().mean((2, 3)) for m in encoder(part)] for part in x.split(16)]
