@@ -154,6 +154,16 @@ def test_long_code_is_folded_and_short_code_is_shown():
     assert pages.folded(cell('#| export\nimport json')) and pages.folded(cell('#| hide\nx = 1'))
 
 
+def test_a_widget_is_shown_by_what_stands_beside_it(tmp_path):
+    nb = json.loads((ROOT / 'nbs' / '03_moco.ipynb').read_text())
+    widget = {'application/vnd.jupyter.widget-view+json': dict(model_id='x'), 'text/html': '<b>gallery</b>'}
+    nb['cells'][-2]['outputs'] = [dict(output_type='display_data', metadata={}, data=widget)]
+    nb['metadata']['widgets'] = {}
+    (page := tmp_path / 'page.ipynb').write_text(json.dumps(nb))
+    text = json.dumps(pages.staged(page, {page}))
+    assert 'gallery' in text and 'widget' not in text
+
+
 def looked_at(folder, *names):  # what look.py says, in the environment of the site
     call = [SPHINX, ROOT / 'tests' / 'website' / 'look.py', folder, *names]
     return subprocess.run(call, capture_output=True, text=True)

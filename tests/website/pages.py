@@ -96,6 +96,8 @@ def staged(path: Path, inside) -> dict:
         how = ['remove-input'] if path == BOOK[0] else ['hide-input'] if folded(cell) else []
         tags = [*cell['metadata'].get('tags', []), *how]
         for o in cell['outputs']:
+            if len(o.get('data', {})) > 1:  # without a kernel a widget is what it says beside itself
+                o['data'].pop('application/vnd.jupyter.widget-view+json', None)
             if 'text/markdown' in o.get('data', {}):
                 said = outward(''.join(o['data']['text/markdown']), path, inside)  # Sphinx resolves no links in outputs
                 o['data']['text/markdown'] = re.sub(
@@ -110,6 +112,7 @@ def staged(path: Path, inside) -> dict:
         notes.append('Stored without its outputs: `make lab` opens it in JupyterLab, where it runs.')
     if notes:
         cells.insert(1, markdown_cell('```{note}\n' + '\n'.join(notes) + '\n```', 'note'))
+    nb['metadata'].pop('widgets', None)
     return nb | dict(cells=cells)
 
 
