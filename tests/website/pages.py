@@ -267,7 +267,7 @@ def report_title(path: Path) -> str:
 def table_page(path: Path) -> str:
     "A table, its files, and the runs that it was computed from."
     record = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
-    text = re.sub(r'\A\*\*.+?\*\*\s*', '', path.read_text(encoding='utf-8'))
+    text = re.sub(r'\A\*\*[^*]+\.\*\*\s*', '', path.read_text(encoding='utf-8'))
     files = ', '.join(f'[{s}]({path.stem}.{s})' for s in ('csv', 'tex', 'json') if path.with_suffix(f'.{s}').exists())
     return (
         f'# {table_title(path)}\n\n{text}\n\nFiles: {files}. Made from {len(record["runs"])} runs, named in the json.\n'
