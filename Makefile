@@ -33,7 +33,7 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book site readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -89,15 +89,30 @@ book: .venv/installed ## the pages of the book, executed and stored with what th
 	$(BIN)/nbdev_clean
 	@$(MAKE) readme
 
+# its own environment: what draws web pages is no part of the study's (tests/website/requirements.in)
+site: .venv/installed .site/installed ## the web pages, offline: book, appendix, library, tables and figures, into _docs/ (two minutes); what is broken, empty or stale fails it
+	@rm -rf .site/html && $(BIN)/python tests/website/pages.py .site/source
+	@.site/env/bin/python -m sphinx -b html -q -W --keep-going -E -j 2 -c tests/website -d .site/doctrees .site/source .site/html
+	@$(BIN)/python tests/website/check.py .site/html .site/source
+	@rm -rf _docs && mv .site/html _docs
+	@echo "done: _docs/index.html"
+
+.site/installed: tests/website/requirements.lock .venv/installed
+	@$(UV) venv --quiet --clear --python .venv/bin/python .site/env
+	@$(UV) pip sync --quiet --python .site/env --require-hashes tests/website/requirements.lock
+	@touch $@
+
 lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for Linux, macOS and Windows
 	$(PYTHON) tests/requirements.py | $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --custom-compile-command 'make lock' --quiet --output-file requirements.lock -
+	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --custom-compile-command 'make lock' --quiet --output-file tests/website/requirements.lock tests/website/requirements.in
 
 bench: .venv/installed ## what is fast, against what: figures/benchmarks/benchmarks.md (ten minutes alone on two cores; MORE="steps moco" measures those only)
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python tests/benchmark.py $(MORE)
 
 clean: ## remove runs, data made here and caches (not .venv, not figures)
-	rm -rf runs data .snakemake .pytest_cache nbs/.ipynb_checkpoints
+	rm -rf runs data _docs .snakemake .pytest_cache nbs/.ipynb_checkpoints
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
 
 $(UV):

@@ -138,7 +138,7 @@ def test_without_the_setting_the_tag_is_lost(tmp_path):
     (tmp_path / 'cxrpaper').mkdir()
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / 'settings.ini')
-    assert settings['DEFAULT'].pop('allowed_cell_metadata_keys') == 'tags'
+    assert settings['DEFAULT'].pop('allowed_cell_metadata_keys') == 'tags jupyter'
     with open(tmp_path / 'settings.ini', 'w') as f:
         settings.write(f)
     shutil.copy(RUNNABLE[0], tmp_path / 'nbs')

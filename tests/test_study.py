@@ -205,6 +205,26 @@ def test_executed_pages_hold_their_pictures(whole):
     assert sum(map(drawn, pages.values())) > 10
 
 
+def reads_as_a_report(nb):  # the first output says what was asked for, what came out with a picture; all code is folded
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    first = next((o for c in code for o in c.outputs if 'text/html' in o.get('data', {})), None)
+    head = ''.join(first.data['text/html']) if first else ''
+    said = (
+        all(w in head for w in ('Asked for', 'What came out', '</table>', 'data:image/png'))
+        and 'Not there yet' not in head
+    )
+    return said and all(c.metadata.get('jupyter', {}).get('source_hidden') for c in code)
+
+
+def test_executed_pages_open_with_their_result(whole):
+    trained = [f for k in ('04_finetune', 'pretraining') for f in (whole / 'runs').rglob(f'{k}.ipynb')]
+    assert len(trained) > 5
+    own = {str(f): nbformat.read(f, 4) for f in trained}
+    made_up = [k for k in own if '/rotation/' in k]  # the pre-training that this study adds: its page has no head
+    assert [k for k, nb in own.items() if k not in made_up and not reads_as_a_report(nb)] == []
+    assert not reads_as_a_report(nbformat.read(ROOT / 'nbs' / '04_finetune.ipynb', 4))
+
+
 def test_what_was_added_is_in_the_results(whole):
     "The made-up pre-training in Table 4, the made-up question in Table 7, the made-up data set as the other hospital."
     t4, t7 = (pd.read_csv(whole / 'figures' / f'table{k}.csv') for k in (4, 7))
