@@ -391,7 +391,7 @@ function probabilities(c, titles) {
 }
 
 function lookalikes(c, thumbs, side, go) {
-  return c.near.map((n, k) => {
+  return (c.near ?? []).map((n, k) => {
     const small = picture(side, side, windowed(thumbs.subarray(k * side * side, (k + 1) * side * side), 8, 128, 256));
     small.setAttribute('aria-hidden', 'true');
     return make('button', { onclick: () => go(n.case) }, small, `case ${n.case}: ${n.label}, ${n.cosine.toFixed(2)}`);
@@ -454,9 +454,9 @@ function render({ model, el }) {
     pixels = unsigned(get('pixels'), get('bits'));
     [center, width] = get('window');
     Object.assign(scene, { boxes: get('boxes'), aspect: get('aspect'), view: { zoom: 1, x: 0, y: 0 } });
-    title.textContent = c.title;
-    facts.textContent = c.facts;
-    note.textContent = c.note;
+    title.textContent = c.title ?? 'one moment';
+    facts.textContent = c.facts ?? '';
+    note.textContent = c.note ?? '';
     table.replaceChildren(...(c.classes ? [probabilities(c, get('titles'))] : []));
     near.replaceChildren(...lookalikes(c, unsigned(get('thumbs'), 8), get('side'), (n) => send({ go: n })));
     Object.entries(get('options')).forEach(([k, o], i) => { filters[i].lastChild.value = get('picked')[k] ?? o[0]; });
@@ -620,8 +620,11 @@ def jump(self: Room):
         return
     if self.go not in set(self.table.case[self.found]):
         self.picked = {}
-    self.at = int(np.flatnonzero(self.table.case[self.found] == self.go)[0])
-    self.go = 0
+        self.pick()
+    at = int(np.flatnonzero(self.table.case[self.found] == self.go)[0])
+    if at == self.at:
+        self.show()
+    self.at, self.go = at, 0
 
 # %% ../../nbs/appendix/paper/room.ipynb #6f73392f
 @patch
