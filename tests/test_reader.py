@@ -440,11 +440,11 @@ def test_in_a_real_jupyterlab(lab):
         sync.expect(page.locator('.cxr-room h3')).to_contain_text('Case 2')
         for key in 'boi':  # of which `b` would insert a cell, if JupyterLab heard it
             page.keyboard.press(key)
-        sync.expect(page.get_by_label('overlay')).to_have_value(ANNOTATED)
+        sync.expect(page.get_by_role('combobox', name='overlay', exact=True)).to_have_value(ANNOTATED)
         assert page.locator('.jp-Notebook .jp-Cell').count() == cells
         page.mouse.wheel(0, -400)
         sync.expect(says).to_contain_text('zoom 2.2')
-        page.get_by_label('label', exact=True).select_option('typical')
+        page.get_by_role('combobox', name='label', exact=True).select_option('typical')
         sync.expect(page.locator('.cxr-room h3')).to_contain_text('typical')
         page.locator('.cxr-room .near button').first.click()
         page.set_viewport_size(dict(width=760, height=1000))

@@ -371,7 +371,8 @@ function make(tag, attributes = {}, ...inside) {
 }
 
 function select(name, options, value, chosen) {
-  const s = make('select', { onchange: () => chosen(s.value) }, ...options.map((o) => make('option', { value: o }, o)));
+  const of = options.map((o) => make('option', { value: o }, o));
+  const s = make('select', { 'aria-label': name, onchange: () => chosen(s.value) }, ...of);
   s.value = value;
   return make('label', {}, name, s);
 }
@@ -403,7 +404,7 @@ function lookalikes(c, thumbs, side, go) {
 JS_ROOM = """
 function render({ model, el }) {
   const scene = { view: { zoom: 1, x: 0, y: 0 }, opacity: 0.5, boxed: true, boxes: [], aspect: 1, image: null, over: null };
-  let pixels, inverted = false, [center, width] = model.get('window');
+  let pixels, inverted = false, folded = false, [center, width] = model.get('window');
   const get = (k) => model.get(k), range = () => 2 ** get('bits');
   const send = (state) => { for (const [k, v] of Object.entries(state)) model.set(k, v); model.save_changes(); };
   const keys = 'Drag: window (left and right: width, up and down: center). Shift and drag: pan. Wheel: zoom. ' +
@@ -462,6 +463,10 @@ function render({ model, el }) {
     Object.entries(get('options')).forEach(([k, o], i) => { filters[i].lastChild.value = get('picked')[k] ?? o[0]; });
     expose();
     lay();
+    if (c.case && !folded) {  // the gallery is for those without a kernel
+      el.closest('.jp-Cell')?.querySelector('details[open]')?.removeAttribute('open');
+      folded = true;
+    }
   };
   const button = (text, f) => make('button', { onclick: f }, text);
   const tools = make('div', { class: 'line' }, button('← previous', () => act.step(-1)), button('next →', () => act.step(1)),
@@ -478,7 +483,6 @@ function render({ model, el }) {
   size.observe(canvas);
   refresh();
   heard();
-  el.closest('.jp-Cell')?.querySelector('details[open]')?.removeAttribute('open');  // the gallery, for those without a kernel
   model.send('here');
   return () => { size.disconnect(); for (const [k, f] of Object.entries(changes)) model.off(k, f); };
 }
