@@ -569,7 +569,7 @@ def pick(self: Room):
         self.show()
     self.at = 0
 
-
+# %% ../../nbs/appendix/paper/room.ipynb #4c3061b8
 @patch
 def show(self: Room):
     "Read the case at this place, and no other, and send it."
@@ -615,7 +615,7 @@ def lay(self: Room):
     with self.hold_sync():
         self.layer, self.layer_shape = x.tobytes(), list(x.shape)
 
-
+# %% ../../nbs/appendix/paper/room.ipynb #580c2c05
 @patch
 def jump(self: Room):
     "Show the case with this number; filters that hide it are taken off."
@@ -693,7 +693,10 @@ def sheet(self: Room) -> str:  # HTML
     rows = ''.join(f'<tr><th>{name}</th>{line(k, name)}</tr>' for k, name in enumerate(c['classes']))
     seen = f'Window: center {self.window[0]:.0f}, width {self.window[1]:.0f} of {2**self.bits} values.'
     parts = [f'<h1>{html.escape(c["title"])}</h1><p><b>{NOTICE}</b></p><p>{html.escape(c["facts"])}. {seen}</p>']
-    parts += [picture_tag(self.figure(), dpi=130), f'<table><tr>{head}</tr>{rows}</table><p>{html.escape(c["note"])}</p>']
+    parts += [
+        picture_tag(self.figure(), dpi=130),
+        f'<table><tr>{head}</tr>{rows}</table><p>{html.escape(c["note"])}</p>',
+    ]
     return page_html(html.escape(c['title']), SHEET_STYLE, parts)
 
 
@@ -727,7 +730,7 @@ def still(store, i: int, side: int = 192) -> str:  # an address that holds the p
         x.quantize(128).save(f, 'PNG', optimize=True)
         return 'data:image/png;base64,' + b64encode(f.getvalue()).decode()
 
-
+# %% ../../nbs/appendix/paper/room.ipynb #c82d1a09
 @patch
 def gallery(self: Room) -> str:  # HTML
     "A table of stills, a column for each class: above the right ones, below the wrong ones."
