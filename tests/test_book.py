@@ -1,4 +1,4 @@
-"The ten pages: short enough to be read, stored with what they show, and of one state with the committed results."
+"The eleven pages: short enough to be read, stored with what they show, and of one state with the committed results."
 
 import base64
 import io
@@ -13,7 +13,7 @@ import pytest
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from cxrpaper.paper.contents import page_facts, stale_pages, state_of
+from cxrpaper.paper.contents import WIDGET, page_facts, stale_pages, state_of, without_widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'nbs' / 'index.ipynb', *sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
@@ -46,12 +46,14 @@ def shown(page):  # everything that its outputs say
 
 
 def pictures(page):
-    found = [o.get('data', {}).get('image/png') for c in cells(page, 'code') for o in c['outputs']]
+    outputs = [o.get('data', {}) for c in cells(page, 'code') for o in c['outputs']]
+    found = [''.join(d.get('image/png', '')) for d in outputs]
+    found += [m for d in outputs for m in re.findall('data:image/png;base64,([^"]+)', ''.join(d.get('text/html', '')))]
     return [Image.open(io.BytesIO(base64.b64decode(p))) for p in found if p]
 
 
 def test_a_reader_finishes_it():
-    assert len(PAGES) == 10
+    assert len(PAGES) == 11
     assert sum(map(words, PAGES)) <= 9000 and sum(map(lines, PAGES)) <= 1800
     assert max(map(words, PAGES)) <= 1200
     assert len((ROOT / 'README.md').read_text().split()) <= 900  # with the bars of its tables
@@ -108,6 +110,22 @@ def test_alternative_texts_reach_the_page():
     assert len(alts) == 2 and all(escape(a) in html for a in alts)
 
 
+def test_no_widget_is_stored():
+    "It would be an empty box, and its state could hold what was sent to it."
+    for page in PAGES:
+        nb = json.loads(page.read_text())
+        assert nb == without_widgets(json.loads(page.read_text())), f'{page.name}: run `make book`'
+    nb['cells'][-1] = dict(cell_type='code', outputs=[dict(data={WIDGET: {'model_id': 'a'}})])
+    assert without_widgets(json.loads(json.dumps(nb))) != nb
+
+
+def test_the_gallery_is_of_phantoms_and_loads_nothing():
+    page = ROOT / 'nbs' / '09_reader.ipynb'
+    assert 'phantom: ' in shown(page) and len(pictures(page)) == 8
+    html = [''.join(o.get('data', {}).get('text/html', '')) for c in cells(page, 'code') for o in c['outputs']]
+    assert {m[:22] for m in re.findall('(?:src|href)="([^"]+)', ''.join(html))} == {'data:image/png;base64,'}
+
+
 @pytest.mark.parametrize('page', PAGES[1:], ids=name)
 def test_a_page_opens_with_its_question_and_its_place(page):
     first = source(cells(page, 'markdown')[0])
@@ -133,7 +151,10 @@ def test_the_pages_show_the_committed_results():
 
 
 def test_the_pages_say_the_state_of_the_results(tmp_path):
-    at, told = ROOT / 'figures' / 'open', [PAGES[0], *PAGES[-3:]]
+    at, told = (
+        ROOT / 'figures' / 'open',
+        [p for p in PAGES if p.stem in ('index', '06_tables', '07_figures', '08_readiness')],
+    )
     assert stale_pages(told, state_of(at)) == [], 'run `make book`'
     copy = tmp_path / 'open'
     copy.mkdir()
