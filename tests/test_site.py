@@ -103,7 +103,8 @@ def test_every_notebook_module_and_table_has_a_page():
     assert {p.relative_to(ROOT).as_posix() for p in (ROOT / 'nbs').rglob('*.ipynb') if '_' != p.name[0]} <= names
     assert {f'api/{m}.md' for m in pages.modules()} <= names and len(pages.modules()) > 50
     assert all(f'figures/open/table{k}.md' in names for k in (1, 2, 3, 4, 6, 7))
-    assert not [n for n, t in zip(names, texts.values()) if '#| export' in t and n.startswith('nbs/0')]
+    assert not [p.name for p in pages.BOOK if '#| export' in texts[p] or '#| hide' in texts[p]]
+    assert any('#| hide' in p.read_text() for p in pages.BOOK)
     index = texts[pages.BOOK[0]]
     assert f'{pages.REPOSITORY}/blob/main/CITATION.cff' in index and '](../CITATION.cff)' not in index
 
