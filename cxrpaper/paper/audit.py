@@ -188,7 +188,7 @@ def cumulated(w) -> np.ndarray:  # (n,) -> (n+1,): sums of the first 0 to n
     np.cumsum(w, out=out[1:])
     return out
 
-
+# %% ../../nbs/appendix/paper/audit.ipynb #6324eb73
 def ranking(r: Ranked, q, ap=True) -> list:  # (P,) how often each patient was drawn -> AUC, and AP if asked for
     "Area under the ROC curve, ties counted one half, and average precision in one resample; NaN where it lacks a side."
     w = q[r.unit]
