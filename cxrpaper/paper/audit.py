@@ -588,9 +588,7 @@ def facts_of(b: Brought, how: Resampling) -> dict:  # name -> sentence
     lacks = 'not done: neither view, sex, age nor site was brought'
     return dict(
         size=f'{len(b.y)} images of {n} patients; fewest of a class: {min(patients)} patients',
-        unknown=', '.join(f'{c} of {(t[c] == "unknown").mean():.0%}' for c in t) + ' of images unknown'
-        if len(t.columns)
-        else lacks,
+        unknown=', '.join(f'{c} {(t[c] == "unknown").mean():.0%}' for c in t) + ' unknown' if len(t.columns) else lacks,
         intervals=f'{how.level:.0%} intervals over {how.n_boot} resamples of patients'
         + f' and {len(b.p)} runs' * (len(b.p) > 1),
         who='images judged: ' + '; '.join(f'{c}: {levels(c)}' for c in t) if len(t.columns) else lacks,
