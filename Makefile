@@ -8,10 +8,13 @@ PROFILE ?= smoke
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # GPUs here: those of CUDA_VISIBLE_DEVICES where it is set, else all
 GPUS ?= $(shell { if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$$CUDA_VISIBLE_DEVICES" | grep -c .; else nvidia-smi -L 2>/dev/null | grep -c '^GPU'; fi; } || true)
+# trainings that share a GPU: small networks do not fill it
+SLOTS ?= 1
+export SLOTS
 # where the jobs run: local, or slurm (JOBS at a time at most; PARTITION and ACCOUNT where the cluster asks for them; MORE for any other option of Snakemake)
 EXECUTOR ?= local
 JOBS ?= 100
-WHERE.local = --cores $(CORES) --resources gpu=$(GPUS)
+WHERE.local = --cores $(CORES) --resources gpu=$$(( $(GPUS) * $(SLOTS) ))
 WHERE.slurm = --executor slurm --jobs $(JOBS) --latency-wait 60 --default-resources mem_mb=8000 runtime=240 $(PARTITION:%=slurm_partition='"%"') $(ACCOUNT:%=slurm_account='"%"')
 WHERE = $(or $(WHERE.$(EXECUTOR)),$(error EXECUTOR=$(EXECUTOR) is not known: local or slurm))
 UV := .uv/bin/uv
@@ -30,7 +33,7 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book site readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -83,18 +86,34 @@ readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is i
 
 book: .venv/installed ## the pages of the book, executed and stored with what they show, and README.md (a few minutes)
 	cd nbs && for page in [0-9]*.ipynb; do echo $$page; OMP_NUM_THREADS=2 MPLBACKEND= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR $$page || exit 1; done
+	$(BIN)/python -c 'from cxrpaper.paper.contents import store_without_widgets; store_without_widgets(["nbs/09_reader.ipynb"])'
 	$(BIN)/nbdev_clean
 	@$(MAKE) readme
+
+# its own environment: what draws web pages is no part of the study's (tests/website/requirements.in)
+site: .venv/installed .site/installed ## the web pages, offline: book, appendix, library, tables and figures, into _docs/ (two minutes); what is broken, empty or stale fails it
+	@rm -rf .site/html && $(BIN)/python tests/website/pages.py .site/source
+	@.site/env/bin/python -m sphinx -b html -q -W --keep-going -E -j 2 -c tests/website -d .site/doctrees .site/source .site/html
+	@$(BIN)/python tests/website/check.py .site/html .site/source
+	@rm -rf _docs && mv .site/html _docs
+	@echo "done: _docs/index.html"
+
+.site/installed: tests/website/requirements.lock .venv/installed
+	@$(UV) venv --quiet --clear --python .venv/bin/python .site/env
+	@$(UV) pip sync --quiet --python .site/env --require-hashes tests/website/requirements.lock
+	@touch $@
 
 lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for Linux, macOS and Windows
 	$(PYTHON) tests/requirements.py | $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --custom-compile-command 'make lock' --quiet --output-file requirements.lock -
+	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --custom-compile-command 'make lock' --quiet --output-file tests/website/requirements.lock tests/website/requirements.in
 
 bench: .venv/installed ## what is fast, against what: figures/benchmarks/benchmarks.md (ten minutes alone on two cores; MORE="steps moco" measures those only)
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python tests/benchmark.py $(MORE)
 
 clean: ## remove runs, data made here and caches (not .venv, not figures)
-	rm -rf runs data .snakemake .pytest_cache nbs/.ipynb_checkpoints
+	rm -rf runs data _docs .snakemake .pytest_cache nbs/.ipynb_checkpoints
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
 
 $(UV):

@@ -1,16 +1,19 @@
-"The ten pages: short enough to be read, stored with what they show, and of one state with the committed results."
+"The eleven pages: short enough to be read, stored with what they show, and of one state with the committed results."
 
 import base64
 import io
 import json
 import re
+from html import escape
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbconvert import HTMLExporter
 from PIL import Image
 
-from cxrpaper.paper.contents import page_facts, stale_pages, state_of
+from cxrpaper.paper.contents import WIDGET, page_facts, stale_pages, state_of, without_widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'nbs' / 'index.ipynb', *sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
@@ -43,12 +46,14 @@ def shown(page):  # everything that its outputs say
 
 
 def pictures(page):
-    found = [o.get('data', {}).get('image/png') for c in cells(page, 'code') for o in c['outputs']]
+    outputs = [o.get('data', {}) for c in cells(page, 'code') for o in c['outputs']]
+    found = [''.join(d.get('image/png', '')) for d in outputs]
+    found += [m for d in outputs for m in re.findall('data:image/png;base64,([^"]+)', ''.join(d.get('text/html', '')))]
     return [Image.open(io.BytesIO(base64.b64decode(p))) for p in found if p]
 
 
 def test_a_reader_finishes_it():
-    assert len(PAGES) == 10
+    assert len(PAGES) == 11
     assert sum(map(words, PAGES)) <= 9000 and sum(map(lines, PAGES)) <= 1800
     assert max(map(words, PAGES)) <= 1200
     assert len((ROOT / 'README.md').read_text().split()) <= 900  # with the bars of its tables
@@ -63,6 +68,62 @@ def test_a_page_is_stored_with_what_it_shows(page):
     linked = re.findall(r'!\[[^\]]+\]\((\.\./figures/[^)]+)\)', said + ''.join(map(source, cells(page, 'markdown'))))
     assert all((page.parent / f).is_file() for f in linked)
     assert pictures(page) or linked or page.stem == '06_tables', 'no picture is stored'
+
+
+def untold(nb):  # pictures of a notebook without an alternative text that stands below them too
+    out = []
+    for c in nb['cells']:
+        outputs = c.get('outputs', [])
+        for o, below in zip(outputs, [*outputs[1:], {}]):
+            if 'image/png' not in o.get('data', {}):
+                continue
+            alt = o.get('metadata', {}).get('image/png', {}).get('alt', '')
+            if len(alt.split()) < 6 or alt not in ''.join(below.get('data', {}).get('text/markdown', '')):
+                out.append(c.get('id'))
+    return out
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_who_does_not_see_a_picture_is_told_what_it_shows(page):
+    "By its alternative text, and by the same words below it, since JupyterLab shows no alternative text of an output."
+    nb = json.loads(page.read_text())
+    assert untold(nb) == [], 'show it with show_figure'
+    texts = ''.join(map(source, cells(page, 'markdown'))) + shown(page)
+    assert not re.search(r'!\[\s*\]\(', texts), 'a linked picture without an alternative text'
+    bare = json.loads(page.read_text())
+    n = 0
+    for o in (o for c in bare['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})):
+        o['metadata'], n = {}, n + 1
+    assert len(untold(bare)) == n
+
+
+def test_alternative_texts_reach_the_page():
+    "In the HTML that nbviewer makes."
+    nb = nbformat.read(ROOT / 'nbs' / '05_metrics.ipynb', as_version=4)
+    html, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    alts = [
+        o.metadata['image/png']['alt']
+        for c in nb.cells
+        for o in c.get('outputs', [])
+        if 'image/png' in o.get('data', {})
+    ]
+    assert len(alts) == 2 and all(escape(a) in html for a in alts)
+
+
+def test_no_widget_is_stored():
+    "It would be an empty box, and its state could hold what was sent to it."
+    for page in PAGES:
+        nb = json.loads(page.read_text())
+        assert nb == without_widgets(json.loads(page.read_text())), f'{page.name}: run `make book`'
+    nb['cells'][-1] = dict(cell_type='code', outputs=[dict(data={WIDGET: {'model_id': 'a'}})])
+    assert without_widgets(json.loads(json.dumps(nb))) != nb
+
+
+def test_the_gallery_is_of_phantoms_and_loads_nothing():
+    page = ROOT / 'nbs' / '09_reader.ipynb'
+    assert 'phantom: ' in shown(page) and len(pictures(page)) == 8
+    html = [''.join(o.get('data', {}).get('text/html', '')) for c in cells(page, 'code') for o in c['outputs']]
+    assert {m[:22] for m in re.findall('(?:src|href)="([^"]+)', ''.join(html))} == {'data:image/png;base64,'}
 
 
 @pytest.mark.parametrize('page', PAGES[1:], ids=name)
@@ -90,7 +151,10 @@ def test_the_pages_show_the_committed_results():
 
 
 def test_the_pages_say_the_state_of_the_results(tmp_path):
-    at, told = ROOT / 'figures' / 'open', [PAGES[0], *PAGES[-3:]]
+    at, told = (
+        ROOT / 'figures' / 'open',
+        [p for p in PAGES if p.stem in ('index', '06_tables', '07_figures', '08_readiness')],
+    )
     assert stale_pages(told, state_of(at)) == [], 'run `make book`'
     copy = tmp_path / 'open'
     copy.mkdir()

@@ -48,13 +48,21 @@ STUDY_FILE = dict(nargs='?', default='config/smoke.yaml', help='the study file (
 def plan(argv=None):
     "Console script `cxr_plan`."
     about = 'Trainings of a study, what is done, and the time, GPU hours and disk that the rest takes on each device that was measured.'
-    gpus = dict(type=int, default=1, help='that work at the same time')
-    a = options('cxr_plan', about, argv, study=STUDY_FILE, gpus=gpus)
+    count = lambda what: dict(type=int, default=None, help=f'{what} radiographs, where the corpus is not here yet')
+    a = options(
+        'cxr_plan',
+        about,
+        argv,
+        study=STUDY_FILE,
+        gpus=dict(type=int, default=1, help='that work at the same time'),
+        labelled=count('labelled'),
+        unlabelled=count('unlabelled'),
+    )
     with told('cxr_plan'):
         from cxrpaper.study import read_study
         from cxrpaper.training.throughput import plan_text
 
-        print(plan_text(read_study(a.study), gpus=a.gpus))
+        print(plan_text(read_study(a.study), gpus=a.gpus, images=(a.labelled, a.unlabelled)))
 
 # %% ../../nbs/appendix/paper/commands.ipynb #26d392bf
 def where(argv=None):
@@ -92,15 +100,17 @@ def verify(argv=None):
         from cxrpaper.paper.provenance import audit, verify
         from cxrpaper.study import read_study
 
-        bad = audit(read_study(a.study)['figures']) if a.files else verify(a.study, a.only)
-    pages = [resolve(f'nbs/{k}.ipynb') for k in ('index', '06_tables', '07_figures', '08_readiness')]
+        figures = read_study(a.study)['figures']
+        bad = audit(figures) if a.files else verify(a.study, a.only)
     lines = [f'{r.file}: {r.problem}' for r in bad.itertuples()]
-    lines += [
-        f'{show_path(p)}: stored with {s}; run make book'
-        for p, s in stale_pages(pages, state_of(resolve('figures/open')))
-    ]
+    if resolve(figures) == resolve('figures/open'):  # what the pages of the book show
+        pages = [resolve(f'nbs/{k}.ipynb') for k in ('index', '06_tables', '07_figures', '08_readiness')]
+        lines += [
+            f'{show_path(p)}: stored with {s}; run make book' for p, s in stale_pages(pages, state_of(resolve(figures)))
+        ]
     if lines:
-        raise SystemExit('\n'.join([*lines, f'{len(lines)} differ']))
+        print(*lines, sep='\n')
+        raise SystemExit(f'{len(lines)} differ')
     print(
         'all files are as they were written' if a.files else 'every table and figure came out the same, byte for byte'
     )
