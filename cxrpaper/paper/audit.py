@@ -188,7 +188,7 @@ def cumulated(w) -> np.ndarray:  # (n,) -> (n+1,): sums of the first 0 to n
     np.cumsum(w, out=out[1:])
     return out
 
-
+# %% ../../nbs/appendix/paper/audit.ipynb #6324eb73
 def ranking(r: Ranked, q, ap=True) -> list:  # (P,) how often each patient was drawn -> AUC, and AP if asked for
     "Area under the ROC curve, ties counted one half, and average precision in one resample; NaN where it lacks a side."
     w = q[r.unit]
@@ -588,9 +588,7 @@ def facts_of(b: Brought, how: Resampling) -> dict:  # name -> sentence
     lacks = 'not done: neither view, sex, age nor site was brought'
     return dict(
         size=f'{len(b.y)} images of {n} patients; fewest of a class: {min(patients)} patients',
-        unknown=', '.join(f'{c} of {(t[c] == "unknown").mean():.0%}' for c in t) + ' of images unknown'
-        if len(t.columns)
-        else lacks,
+        unknown=', '.join(f'{c} {(t[c] == "unknown").mean():.0%}' for c in t) + ' unknown' if len(t.columns) else lacks,
         intervals=f'{how.level:.0%} intervals over {how.n_boot} resamples of patients'
         + f' and {len(b.p)} runs' * (len(b.p) > 1),
         who='images judged: ' + '; '.join(f'{c}: {levels(c)}' for c in t) if len(t.columns) else lacks,

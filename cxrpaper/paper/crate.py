@@ -199,7 +199,7 @@ def add_texts(crate, folder: Path, study_file, things, runs: list):  # folder: o
     add_file(crate, folder / 'README.md', 'README.md', about=crate.root_dataset, encodingFormat='text/markdown')
     add_file(crate, folder / 'codecheck.yml', 'codecheck.yml', encodingFormat='application/yaml')
 
-
+# %% ../../nbs/appendix/paper/crate.ipynb #e4fb9953
 def crate_of(study: dict, study_file, things: pd.DataFrame, folder: Path):  # ROCrate
     "Everything behind a study's tables and figures, as entities."
     runs = list(dict.fromkeys([*needed_runs(study), *(r for k in things.runs for r in k)]))
@@ -271,7 +271,7 @@ def check_crate(folder) -> pd.DataFrame:  # file, problem; empty where all is as
     found = [*_file_problems(folder, graph), *_run_problems(folder, graph)]
     return pd.DataFrame(found, columns=['file', 'problem'])
 
-
+# %% ../../nbs/appendix/paper/crate.ipynb #42e8b78e
 def write_crate(study_file, out) -> pd.DataFrame:  # from `check_crate`: empty
     "Write the crate of a finished study into the folder `out`, and beside it as a zip archive."
     study = read_study(study_file)

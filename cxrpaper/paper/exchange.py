@@ -102,7 +102,7 @@ def facts_of_model(run, p, scaling) -> dict:
     about |= dict(run=show_path(run), key=made['key'], commit=made['commit'], temperature=round(scaling.temperature, 6))
     return about | dict(weights_sha256=file_digest(resolve(run) / 'weights.safetensors'))
 
-
+# %% ../../nbs/appendix/paper/exchange.ipynb #9eeb9f59
 def export_onnx(run, out, data_root=None, adapter: str = 'auto') -> dict:  # output -> largest difference from PyTorch
     "Write the model of a run as one ONNX file; InputError where ONNX Runtime and PyTorch differ."
     import torch
