@@ -8,10 +8,13 @@ PROFILE ?= smoke
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # GPUs here: those of CUDA_VISIBLE_DEVICES where it is set, else all
 GPUS ?= $(shell { if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$$CUDA_VISIBLE_DEVICES" | grep -c .; else nvidia-smi -L 2>/dev/null | grep -c '^GPU'; fi; } || true)
+# trainings that share a GPU: small networks do not fill it
+SLOTS ?= 1
+export SLOTS
 # where the jobs run: local, or slurm (JOBS at a time at most; PARTITION and ACCOUNT where the cluster asks for them; MORE for any other option of Snakemake)
 EXECUTOR ?= local
 JOBS ?= 100
-WHERE.local = --cores $(CORES) --resources gpu=$(GPUS)
+WHERE.local = --cores $(CORES) --resources gpu=$$(( $(GPUS) * $(SLOTS) ))
 WHERE.slurm = --executor slurm --jobs $(JOBS) --latency-wait 60 --default-resources mem_mb=8000 runtime=240 $(PARTITION:%=slurm_partition='"%"') $(ACCOUNT:%=slurm_account='"%"')
 WHERE = $(or $(WHERE.$(EXECUTOR)),$(error EXECUTOR=$(EXECUTOR) is not known: local or slurm))
 UV := .uv/bin/uv
@@ -30,7 +33,7 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
-.PHONY: help data paper plan measure verify reproduce test test-quick lab book readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -60,6 +63,9 @@ verify: .venv/installed ## recompute every table and figure from the saved runs;
 
 reproduce: .venv/installed ## after make paper: the tables made here against the committed ones, cell by cell; fails if more lie outside than training again explains
 	@$(BIN)/cxr_reproduce config/$(PROFILE).yaml
+
+crate: .venv/installed ## a finished study to pass on: tables and figures with the runs, code and data digests behind each (crate/, RO-Crate and codecheck.yml)
+	@$(BIN)/cxr_crate config/$(PROFILE).yaml
 
 # a file of tests stays in one process; test_study.py comes last and fills two cores by itself; what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite

@@ -28,14 +28,18 @@ PAPERMILL = ('exec 8>.snakemake/$(tr / - <<<{log}).lock; ! command -v flock >/de
 if profile != 'study':
     PAPERMILL = ''.join(f'export {k}=${{{{{k}:-{v}}}}}; ' for k, v in KERNELS.items()) + PAPERMILL
 CPU = 'export CUDA_VISIBLE_DEVICES=; ' + PAPERMILL # who does not ask for a GPU sees none
-# A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
+# A job takes its GPUs from those that CUDA_VISIBLE_DEVICES or nvidia-smi name: all that it needs or none; of a GPU with SLOTS places a job of one GPU takes one place, a job of several takes them whole. The kernel drops the locks when it ends, however it ends. What SLURM has given needs no lock.
 GPU = r"""if [ {resources.gpu} = 0 ]; then export CUDA_VISIBLE_DEVICES=; else
   IFS=$',\n '; n={resources.gpu}; all=(${{CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/.*UUID: \(GPU-[^)]*\)).*/\1/p')}})
   if [ ${{#all[@]}} -lt $n ]; then echo "{rule} takes $n GPU, here are ${{#all[@]}} (CUDA_VISIBLE_DEVICES, nvidia-smi)" | tee {log} >&2; exit 1; fi
   mine=(${{all[@]}}); if [ ! "${{SLURM_JOB_ID-}}" ] || [ ${{#all[@]}} -gt $n ]; then while :; do
     mine=(); fds=()
     for d in ${{all[@]}}; do
-      if [ ${{#mine[@]}} -lt $n ]; then exec {{fd}}>.snakemake/gpu-$HOSTNAME-${{d//\//-}}.lock; fds+=($fd); if flock -n $fd; then mine+=($d); fi; fi
+      if [ ${{#mine[@]}} -lt $n ]; then
+        got=0; for s in $(seq ${{SLOTS:-1}}); do if [ $n = 1 ] && [ $got = 1 ]; then break; fi
+          exec {{fd}}>.snakemake/gpu-$HOSTNAME-${{d//\//-}}-$s.lock; fds+=($fd); if flock -n $fd; then got=$((got+1)); fi; done
+        if [ $got = $([ $n = 1 ] && echo 1 || echo ${{SLOTS:-1}}) ]; then mine+=($d); fi
+      fi
     done
     if [ ${{#mine[@]}} -eq $n ]; then break; fi
     for fd in ${{fds[@]}}; do exec {{fd}}>&-; done; sleep .$RANDOM

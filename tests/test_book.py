@@ -4,10 +4,13 @@ import base64
 import io
 import json
 import re
+from html import escape
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbconvert import HTMLExporter
 from PIL import Image
 
 from cxrpaper.paper.contents import WIDGET, page_facts, stale_pages, state_of, without_widgets
@@ -87,6 +90,46 @@ def test_the_gallery_is_of_phantoms_and_loads_nothing():
 def test_a_page_opens_with_its_question_and_its_place(page):
     first = source(cells(page, 'markdown')[0])
     assert re.search(r'\*[A-Z][^*]+\?\*', first) and re.search(r'DICOM → .*\*\*.+\*\*', first)
+
+
+def untold(nb):  # pictures of a notebook without an alternative text that stands below them too
+    out = []
+    for c in nb['cells']:
+        outputs = c.get('outputs', [])
+        for o, below in zip(outputs, [*outputs[1:], {}]):
+            if 'image/png' not in o.get('data', {}):
+                continue
+            alt = o.get('metadata', {}).get('image/png', {}).get('alt', '')
+            if len(alt.split()) < 6 or alt not in ''.join(below.get('data', {}).get('text/markdown', '')):
+                out.append(c.get('id'))
+    return out
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_who_does_not_see_a_picture_is_told_what_it_shows(page):
+    "By its alternative text, and by the same words below it, since JupyterLab shows no alternative text of an output."
+    nb = json.loads(page.read_text())
+    assert untold(nb) == [], 'show it with show_figure'
+    texts = ''.join(map(source, cells(page, 'markdown'))) + shown(page)
+    assert not re.search(r'!\[\s*\]\(', texts), 'a linked picture without an alternative text'
+    bare = json.loads(page.read_text())
+    n = 0
+    for o in (o for c in bare['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})):
+        o['metadata'], n = {}, n + 1
+    assert len(untold(bare)) == n
+
+
+def test_alternative_texts_reach_the_page():
+    "In the HTML that nbviewer makes."
+    nb = nbformat.read(ROOT / 'nbs' / '05_metrics.ipynb', as_version=4)
+    html, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    alts = [
+        o.metadata['image/png']['alt']
+        for c in nb.cells
+        for o in c.get('outputs', [])
+        if 'image/png' in o.get('data', {})
+    ]
+    assert len(alts) == 2 and all(escape(a) in html for a in alts)
 
 
 def other_state(tables, card, verdict, said_06, said_08):  # what the stored pages do not show of the committed results

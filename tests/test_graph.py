@@ -185,6 +185,29 @@ def test_jobs_at_once_never_share_a_gpu(tmp_path, without_locks):
     assert {g for n in took for g in took[n]} == {'GPU-a', 'GPU-b'}
 
 
+def test_trainings_share_a_gpu_as_far_as_it_has_places(tmp_path):
+    "One GPU with two places: two meet on it, a third waits. A training of two GPUs takes both whole."
+    root = clone(tmp_path / 'clone', gpus=1)
+    names = [f'resnet10t-{k}-seed0' for k in ('none-fold0', 'none-fold1', 'multitask-none-fold0')]
+    for n in names:
+        (root / 'wait' / f'finetune-{n}').touch()
+    targets = [f'runs/smoke/finetune/{n}/04_finetune.ipynb' for n in names]
+    p = subprocess.Popen(
+        command('--nolock', *targets, '--cores', '4'),
+        cwd=root,
+        env=env(root, CUDA_VISIBLE_DEVICES='7', SLOTS='2'),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    trained = lambda: [n for n, *g in started(root) if n.startswith('finetune/')] if (root / 'started').exists() else []
+    until(lambda: len(trained()) == 2)
+    time.sleep(1)
+    assert len(trained()) == 2, 'a third one took a place that is not there'
+    for n in names:
+        (root / 'wait' / f'finetune-{n}').unlink()
+    assert p.wait(60) == 0 and len(trained()) == 3
+
+
 def until(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
@@ -214,7 +237,7 @@ def test_a_killed_job_gives_its_gpu_back(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     until((root / 'held-7').exists)
-    (lock,) = root.glob('.snakemake/gpu-*-7.lock')
+    (lock,) = root.glob('.snakemake/gpu-*-7-1.lock')
     jobs = psutil.Process(p.pid).children(recursive=True)
     p.kill()
     p.wait()

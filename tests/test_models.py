@@ -100,8 +100,16 @@ LITE0 = [
 ]  # EfficientNet-B0's table: repeats, kernel, stride, expansion
 
 
-def by_hand(raw, x, eps=1e-3, act=F.relu6, same=True):
-    "EfficientNet-Lite0 from the raw arrays: maps at 1/2 .. 1/32 and the logits. x (N,3,H,W), normalised."
+REPEATS = dict(lite0=(1, 2, 2, 3, 3, 4, 1), lite1=(1, 3, 3, 4, 4, 5, 1), lite2=(1, 3, 3, 4, 4, 5, 1))
+LITES = sorted(REPEATS)
+
+
+def packaged(lite):
+    return read_weights(imagenet_file(f'tf_efficientnet_{lite}', 'data/weights/no-such-folder'))[0]
+
+
+def by_hand(raw, x, eps=1e-3, act=F.relu6, same=True, lite='lite0'):
+    "EfficientNet-Lite from the raw arrays: maps at 1/2 .. 1/32 and the logits. x (N,3,H,W), normalised."
 
     def bn(x, name):
         g, b, m, v = (
@@ -122,7 +130,7 @@ def by_hand(raw, x, eps=1e-3, act=F.relu6, same=True):
         return F.conv2d(x, w, stride=stride, groups=groups)
 
     x, block, maps = act(bn(conv(x, '_conv_stem', 2), '_bn0')), 0, []
-    for repeats, kernel, stride, expansion in LITE0:
+    for repeats, (_, kernel, stride, expansion) in zip(REPEATS[lite], LITE0):
         for i in range(repeats):
             name, skip = f'_blocks.{block}', x
             if stride == 2 and i == 0:
@@ -157,16 +165,20 @@ def test_lite0_equals_a_forward_by_hand(raw, lite0, size):
             assert (other - ours[-1]).abs().max() > 1e-3 * ours[-1].abs().max(), wrong
 
 
-def test_every_array_is_mapped_once(raw):
-    names = [lite0_to_timm(k) for k in raw]
-    whole = timm.create_model('tf_efficientnet_lite0')
+@pytest.mark.parametrize('lite', LITES)
+def test_every_array_is_mapped_once(lite):
+    raw, arch = packaged(lite), f'tf_efficientnet_{lite}'
+    names = [lite_to_timm(k, arch) for k in raw]
+    whole = timm.create_model(arch)
     assert len(set(names)) == len(names) == len(raw) and set(names) == set(whole.state_dict())
 
 
-def test_imagenet_head_knows_photographs(raw):
+@pytest.mark.parametrize('lite', LITES)
+def test_imagenet_head_knows_photographs(lite):
     import matplotlib
     import sklearn
 
+    raw, arch = packaged(lite), f'tf_efficientnet_{lite}'
     files = [Path(sklearn.__file__).parent / 'datasets/images' / n for n in ('china.jpg', 'flower.jpg')] + [
         Path(matplotlib.get_data_path()) / 'sample_data/grace_hopper.jpg'
     ]
@@ -177,13 +189,13 @@ def test_imagenet_head_knows_photographs(raw):
         y, x = ((n - s) // 2 for n in im.shape[:2])
         photos.append(cv2.resize(im[y : y + s, x : x + s], (224, 224), interpolation=cv2.INTER_AREA))
     x = (torch.tensor(np.stack(photos)).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-    whole = timm.create_model('tf_efficientnet_lite0').eval()
-    assert fit_weights(whole, {lite0_to_timm(k): v for k, v in raw.items()}) == []
+    whole = timm.create_model(arch).eval()
+    assert fit_weights(whole, {lite_to_timm(k, arch): v for k, v in raw.items()}) == []
     with torch.no_grad():
-        logits, hand = whole(x), by_hand(raw, x)[1]
+        logits, hand = whole(x), by_hand(raw, x, lite=lite)[1]
     assert (logits - hand).abs().max() < 1e-3
-    first = logits.argmax(1).tolist()
-    assert first == [698, 985, 652]  # palace, daisy, military uniform
+    first = [698, 985, 652]  # palace, daisy, military uniform
+    assert logits.argmax(1).tolist() == ([698, 599, 834] if lite == 'lite2' else first)  # palace, honeycomb, suit
 
 
 def test_summed_first_convolution_is_exact_for_gray(raw, lite0):
@@ -197,11 +209,20 @@ def test_summed_first_convolution_is_exact_for_gray(raw, lite0):
 
 def test_provenance_of_imagenet_weights(raw):
     a, b = (load_pretrained(Encoder(), 'imagenet', folder='data/weights/no-such-folder') for _ in range(2))
-    assert a == b and a['sha256'] == LITE0_SHA256 == file_digest(
+    assert a == b and a['sha256'] == PACKAGED['tf_efficientnet_lite0'] == file_digest(
         imagenet_file('tf_efficientnet_lite0', 'data/weights/no-such-folder')
     )
     assert {u.split('.')[0] for u in a['unused']} == {'conv_head', 'bn2', 'classifier'}
     assert load_pretrained(Encoder(), 'none')['encoder_sha256'] != a['encoder_sha256']
+
+
+def test_weights_of_another_lite_are_refused():
+    other = imagenet_file('tf_efficientnet_lite1', 'data/weights/no-such-folder')
+    with pytest.raises(InputError, match='holds tf_efficientnet_lite1'):
+        load_pretrained(Encoder(), 'imagenet', weights=other)
+    assert load_pretrained(Encoder('tf_efficientnet_lite1'), 'imagenet', weights=other)['source'].startswith(
+        'efficientnet-lite1'
+    )
 
 
 def test_altered_package_is_refused(raw, tmp_path):
@@ -567,6 +588,26 @@ def test_densenet_names_of_every_age(kind, tmp_path):
         'classifier.bias',
         'classifier.weight',
     ] and same_map(encoder, net, input_statistics('densenet121'))
+
+
+def test_torchxrayvision_takes_gray_from_minus_to_plus_1024(tmp_path):
+    net = torchvision_net('densenet121')
+    first = net.features.conv0.weight.sum(1, keepdim=True)
+    net.features.conv0 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False).double()
+    net.features.conv0.weight.data = first
+    f = tmp_path / 'xrv.pt'
+    torch.save(net.state_dict() | {'op_threshs': torch.full((18,), 0.5)}, f)
+    encoder = Encoder('densenet121').double().eval()
+    with pytest.warns(UserWarning, match='NIH, the RSNA or SIIM'):
+        source = load_pretrained(encoder, 'moco', weights=f)
+    assert source['layout'] == 'torchxrayvision' and 'op_threshs' in source['unused']
+    x = torch.rand(2, 1, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = net.features((2 * x - 1) * 1024).relu()
+        ours = encoder(x)[-1].relu()
+        assert (theirs - ours).abs().max() < 1e-6 * theirs.abs().max()
+        encoder.statistics = input_statistics('densenet121')
+        assert (theirs - encoder(x)[-1].relu()).abs().max() > 1e-2 * theirs.abs().max()  # the comparison can tell
 
 
 class Odd:

@@ -10,11 +10,13 @@ from cxrpaper.data.folds import assign_folds
 from cxrpaper.data.phantom import phantom
 from cxrpaper.data.readers import read_cohort
 from cxrpaper.data.store import build_store
-from cxrpaper.paper.commands import predict
+from cxrpaper.paper.commands import onnx, predict
+from cxrpaper.paper.exchange import TOLERANCE, differences, portable, run_onnx
 from cxrpaper.paper.predict import load_reading, read_images
-from cxrpaper.runs import InputError, Run, as_parameters
+from cxrpaper.runs import InputError, Run, as_parameters, file_digest
+from cxrpaper.schema import CLASSES, LOGITS
 from cxrpaper.study import notebook_defaults
-from cxrpaper.training.finetune import PROFILES, finetune
+from cxrpaper.training.finetune import PROFILES, finetune, load_model
 
 PLANTED = ('Doe^Planted', 'ID-PLANTED-77', 'Planted Hospital', 'ACC-PLANTED')
 
@@ -83,6 +85,31 @@ def test_what_it_says_is_what_the_run_predicted(trained):
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64), dtype=np.uint8)
     slope = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (1, 64, 64))
     assert all(c['unlike'] for c in read_images(r, np.concatenate([noise, slope])))
+
+
+def test_the_onnx_file_is_the_same_model(trained, tmp_path, capsys):
+    "In ONNX Runtime: the run's own predictions, for any number of images; weights that changed since are another model."
+    import onnx as onnx_library
+    import pandas as pd
+    import torch
+
+    run, cohort, store, unseen = trained
+    onnx(['--run', str(run), '--out', str(tmp_path / 'model.onnx')])
+    assert 'differs from PyTorch by at most logits' in capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir()] == ['model.onnx']
+    images = np.stack([store.images[i] for i in unseen]).astype(np.float32)[:, None] / 255
+    found = run_onnx(tmp_path / 'model.onnx', images)
+    df = pd.read_csv(run / 'predictions.csv', dtype=dict(image=str)).set_index('image')
+    assert np.allclose(found['logits'], df.loc[cohort.images.image[unseen], LOGITS], atol=TOLERANCE)
+    assert np.allclose(found['probabilities'].sum(1), 1, atol=1e-5) and found['mask'].shape == (len(unseen), 64, 64)
+    proto = onnx_library.load(tmp_path / 'model.onnx')
+    said = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(said['classes']) == list(CLASSES) and 'Research use only' in said['notice']
+    assert said['weights_sha256'] == file_digest(run / 'weights.safetensors')
+    model, p = load_model(run)
+    with torch.no_grad():
+        model.head.bias[0] += 0.1
+    assert differences(proto, portable(model, lambda z: z, [1.0] * 4, [0.0] * 4), images)['logits'] > TOLERANCE
 
 
 def test_another_corpus_is_refused(trained):

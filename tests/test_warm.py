@@ -162,3 +162,11 @@ def test_what_is_imported_starts_no_thread_and_is_enough():
     r = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     threads, own, further = r.stdout.splitlines()
     assert threads == '1 0' and own == "['cxrpaper.warm']" and int(further) < 60, r.stdout + r.stderr
+
+
+def test_either_is_imported_first():
+    "papermill asks this package for its engine while it is itself being imported."
+    for first, second in (('cxrpaper.jobs', 'papermill.engines'), ('papermill.engines', 'cxrpaper.jobs')):
+        code = f"import {first}, {second}; print('cxr-job' in papermill.engines.papermill_engines._engines)"
+        r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert r.stdout == 'True\n', r.stderr

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'ASKED', 'SIZES', 'QUESTIONS', 'SHOWN', 'Evidence', 'differences_of', 'detectable', 'answer_table',
-           'one_answer', 'backbones', 'verdict_of', 'answers', 'answers_markdown', 'short_answers', 'at_a_glance']
+           'one_answer', 'backbones', 'verdict_of', 'answers', 'answers_markdown', 'short_answers', 'at_a_glance',
+           'restoration_answers']
 
 # %% ../../nbs/appendix/paper/answers.ipynb #f0113378
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy import stats
 
+from ..evaluation.metrics import Verdict
 from ..evaluation.plan import claim, numbers, read_plan, shortage
 from ..evaluation.report import BASELINE_NAMES, cell, markdown, unbroken
 from ..runs import resolve
@@ -100,7 +102,10 @@ def one_answer(r, plan, level: float) -> str:  # r: a row of `differences_of`
     effect = f'{row} minus {than} {numbers(r)} macro AUC'
     if pd.notna(r.p_adjusted) and (lacking := shortage(r, plan)):
         return f'no claim is made ({lacking}); {effect}; {detectable(r.se, r.df):.3f} would have been seen'
-    return f'{claim(r, plan, level)}; {effect}'
+    word = claim(r, plan, level)
+    if word == Verdict.INCONCLUSIVE and r.lo * r.hi > 0:  # the interval says one thing, the corrected p another
+        word = f'{word} (p {r.p_adjusted:.3f}, a claim takes {level:.3f})'
+    return f'{word}; {effect}'
 
 
 def backbones(e: Evidence) -> pd.DataFrame:  # row, metric, value, lo, hi, n, n_units; empty where there is no table
@@ -129,7 +134,8 @@ def _why_hard(e):  # '' where there is no table
     auc = lambda row: cell(t[t.metric == 'auc_macro'].loc[row])
     worst = t.loc[first].set_index('metric').loc[by_class].sort_values('value').iloc[0]
     told = f'told worst: {worst.name.removeprefix("auc_")}, {cell(worst)}'
-    return f"macro AUC {auc(first)} of {first}, {auc(BASELINE_NAMES['metadata'])} of what age, sex, view and the like tell; {told}"
+    known = f"{auc(BASELINE_NAMES['metadata'])} of what age, sex, view and the like tell"
+    return f'seen, not explained: macro AUC {auc(first)} of {first}, {known}; {told}'
 
 
 def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evidence, what it says), ...]
@@ -154,9 +160,13 @@ def short_answers(evidence=EVIDENCE, plan=None) -> str:
     "Each question in two sentences, as on the first page: real radiographs, then phantoms whose truth was planted."
     out = []
     for q, said in answers(evidence, plan).items():
+        said = [(e, text.replace(') macro AUC', ')')) for e, text in said]
         real = [f'On {e.short}: {text}.' for e, text in said if e.kind == 'real']
         planted = [o for o in said if o[0].kind == 'planted']
-        known = '; '.join(f'{e.short}, {text.split(" (")[0] if "passed" in text else text}' for e, text in planted)
+        short = lambda text: (
+            text.split(' (')[0] if 'passed' in text else text.replace('multi-task minus single-task ', '')
+        )
+        known = '; '.join(f'{e.short}, {short(text)}' for e, text in planted)
         out.append(f'**{q}** ' + ' '.join(real + [f'*On phantoms* {known}.'] * bool(known)))
     return unbroken('\n\n'.join(out))
 
@@ -182,3 +192,16 @@ def at_a_glance(e: Evidence) -> pd.DataFrame:  # text
         minus = numbers(than.loc['difference_auc_macro']) if 'difference_auc_macro' in than.index else ''
         rows.append({'start of the training': words, 'macro AUC': cell(t.loc['auc_macro']), 'minus ImageNet': minus})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/appendix/paper/answers.ipynb #7c1d2e02
+def restoration_answers(differences: pd.DataFrame) -> str:  # of `training.inpainting.restoration_differences`; Markdown
+    "A line for each method that the network is compared with: the word that the interval of the error's difference gives."
+
+    def word(r):
+        if pd.isna([r.lo, r.hi]).any():
+            return Verdict.UNDEFINED
+        return Verdict.BETTER if r.hi < 0 else Verdict.WORSE if r.lo > 0 else Verdict.INCONCLUSIVE
+
+    line = '* {0.method} minus {0.other}: **{1}**, {2} error in the holes, {0.n} images of {0.n_units} patients'.format
+    minus = differences.drop(columns='value').rename(columns=dict(difference='value'))
+    return '\n'.join(line(r, word(r), numbers(r)) for r in minus.itertuples())

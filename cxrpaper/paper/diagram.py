@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ..data.cohort import load_cohort
@@ -74,12 +73,16 @@ def run_facts(study) -> dict:  # counts of runs
 # %% ../../nbs/appendix/paper/diagram.ipynb #d08f2cdd
 def map_shapes(encoder, px) -> list:  # of an Encoder; [(channels, side)]
     "The encoder's maps, measured."
+    import torch
+
     with torch.no_grad():
         return [(m.shape[1], m.shape[2]) for m in encoder.eval()(torch.zeros(1, encoder.in_chans, px, px))]
 
 
 def block_shapes(model, px) -> list:  # a MultiTask; [(channels, side)] of its decoder's blocks, and of the mask
     "The maps of a decoder's blocks, in the order in which they are computed."
+    import torch
+
     seen = []
     keep = lambda module, args, out: seen.append((out.shape[1], out.shape[2]))
     blocks = model.decoder.blocks

@@ -15,7 +15,6 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
 from ..data.cohort import load_cohort
 from ..data.dicom import read_radiograph
@@ -119,15 +118,17 @@ def successes_and_failures(
     return out
 
 # %% ../../nbs/appendix/paper/figures.ipynb #f574faca
-@torch.no_grad()
 def draw_prediction(
     axs, row, cohort, model, px
 ):  # two axes; a row of the cohort's table; the model and the side of its input
     "The radiograph with its boxes or drawn mask, and the predicted probabilities."
+    import torch
+
     mask = cohort.root / row.mask_path if row.mask_path else ''
     about = dict(mask_file=mask, boxes=row.boxes, height=row.height, width=row.width)
     image, true = decode(dict(file=cohort.root / row.path) | about, px)[:2]
-    z = model(torch.tensor(image / 255, dtype=torch.float32)[None, None])[1][0, 0]
+    with torch.no_grad():
+        z = model(torch.tensor(image / 255, dtype=torch.float32)[None, None])[1][0, 0]
     extent = (0, row.width, row.height, 0)
     x, y = ((np.arange(px) + 0.5) * s / px for s in (row.width, row.height))
     for ax in axs:

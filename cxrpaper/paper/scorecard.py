@@ -115,7 +115,8 @@ def _robustness(m, s, parts, about):
 
 
 def _subgroups(m, s, parts, about):
-    caption = f'**Figure 11. Subgroups** of {about} {gap_verdict(parts["gaps"]).capitalize()}.'
+    gap = gap_verdict(parts['gaps'])
+    caption = f'**Figure 11. Subgroups** of {about} {gap[0].upper()}{gap[1:]}.'
     return figure_subgroups(parts['subgroups']), caption, {}
 
 # %% ../../nbs/appendix/paper/scorecard.ipynb #a31dc96d

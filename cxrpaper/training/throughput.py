@@ -37,6 +37,7 @@ from cxrpaper.runs import (
     page_of,
     provenance,
     resolve,
+    show_path,
     write_csv,
 )
 from ..schema import our_methods
@@ -236,7 +237,11 @@ def read_throughput(path=THROUGHPUT) -> pd.DataFrame:
     path = resolve(path)
     if not path.exists():
         return pd.DataFrame(columns=['device', 'kind', *columns()])
-    return pd.read_csv(path)
+    df = pd.read_csv(path)
+    if gone := [k for k in ('device', 'kind', *columns()) if k not in df]:
+        hint = 'add the column with what was so when it was measured, or measure again'
+        raise InputError('speeds without what they depend on', file=show_path(path), field=', '.join(gone), hint=hint)
+    return df
 
 
 def keep_throughput(rows: list, path=THROUGHPUT):  # rows: dicts with device, kind, columns() and what was measured
@@ -420,10 +425,15 @@ NOT_MEASURED = 'No training of this study was measured on any device, so its tim
 NOT_COUNTED = 'Not counted: decoding, tables, figures, the critical evaluation, and what is lost when a job fails.'
 
 # %% ../../nbs/appendix/training/throughput.ipynb #23b8f72c
-def plan_text(study: dict, throughput: pd.DataFrame = None, gpus: int = 1) -> str:  # gpus: that work at the same time
+def plan_text(
+    study: dict,
+    throughput: pd.DataFrame = None,
+    gpus: int = 1,  # that work at the same time
+    images: tuple = (None, None),  # labelled and unlabelled, where the corpus is not here yet
+) -> str:
     "The plan by the study's finished runs, and for every device on which a training of it was measured, in words and numbers."
     throughput = read_throughput() if throughput is None else throughput
-    counts = image_counts(study)
+    counts = tuple(said or found for said, found in zip(images, image_counts(study)))
     runs = plan(study, by_runs(study))
     images = f'images: {counts[0] or "not known"} labelled'
     if study['pretraining']:
