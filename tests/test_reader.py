@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(corpus, models, room):
     with pytest.raises(InputError, match='not in the cohort'):
         case_table(corpus[0].images, [other])
     error = check_cells('09_reader.ipynb', dict(first='resnet10t-none'))
-    assert error is None or 'study' in str(error)
+    assert isinstance(error, InputError) and error.field == 'parameter study'
 
 
 def traces(room, path):  # all that leaves the kernel
@@ -232,14 +232,14 @@ def test_no_identifier_reaches_the_widget(corpus, tmp_path):
     near = np.zeros((len(store), 2), int), np.ones((len(store), 2))
     room = Room(planted, store, models, near, out=tmp_path)
     said = []
-    for at in range(0, len(room.table), 60):
+    for at in range(0, len(room.table), 150):
         room.at = at
         room.show()
         room.save()
         said.append(traces(room, tmp_path))
     room.over, room.picked = ANNOTATED, dict(label='flu')
     said.append(traces(room, tmp_path))
-    assert len(list(tmp_path.glob('case-*.html'))) == 5
+    assert len(list(tmp_path.glob('case-*.html'))) == 2
     assert not [v for v in said if 'Jane-Roe' in v]
     own = {i for c in mark for i in cohort.images[c]}
     assert not [i for i in own if any(i in v for v in said)]
