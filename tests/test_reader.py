@@ -1,6 +1,7 @@
 "The reading room: what is sent, what is drawn, what stays at home, and one real JupyterLab."
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -380,7 +381,11 @@ def lab(tmp_path):  # JupyterLab on a copy of the page: it may save what it like
         port = s.getsockname()[1]
     options = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}']
     options += ['--IdentityProvider.token=t', f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True']
-    p = subprocess.Popen([BIN / 'jupyter', 'lab', *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = dict(
+        JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / 'workspaces'), JUPYTERLAB_SETTINGS_DIR=str(tmp_path / 'settings')
+    )
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([BIN / 'jupyter', 'lab', *options], env=os.environ | own, **quiet)
     try:
         for _ in range(240):
             with socket.socket() as s:
