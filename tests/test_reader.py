@@ -1,6 +1,7 @@
 "The reading room: what is sent, what is drawn, what stays at home, and one real JupyterLab."
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -213,7 +214,7 @@ def test_what_cannot_be_is_refused(corpus, models, room):
     with pytest.raises(InputError, match='not in the cohort'):
         case_table(corpus[0].images, [other])
     error = check_cells('09_reader.ipynb', dict(first='resnet10t-none'))
-    assert error is None or 'study' in str(error)
+    assert isinstance(error, InputError) and error.field == 'parameter study'
 
 
 def traces(room, path):  # all that leaves the kernel
@@ -232,14 +233,14 @@ def test_no_identifier_reaches_the_widget(corpus, tmp_path):
     near = np.zeros((len(store), 2), int), np.ones((len(store), 2))
     room = Room(planted, store, models, near, out=tmp_path)
     said = []
-    for at in range(0, len(room.table), 60):
+    for at in range(0, len(room.table), 150):
         room.at = at
         room.show()
         room.save()
         said.append(traces(room, tmp_path))
     room.over, room.picked = ANNOTATED, dict(label='flu')
     said.append(traces(room, tmp_path))
-    assert len(list(tmp_path.glob('case-*.html'))) == 5
+    assert len(list(tmp_path.glob('case-*.html'))) == 2
     assert not [v for v in said if 'Jane-Roe' in v]
     own = {i for c in mark for i in cohort.images[c]}
     assert not [i for i in own if any(i in v for v in said)]
@@ -380,7 +381,11 @@ def lab(tmp_path):  # JupyterLab on a copy of the page: it may save what it like
         port = s.getsockname()[1]
     options = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}']
     options += ['--IdentityProvider.token=t', f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True']
-    p = subprocess.Popen([BIN / 'jupyter', 'lab', *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = dict(
+        JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / 'workspaces'), JUPYTERLAB_SETTINGS_DIR=str(tmp_path / 'settings')
+    )
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([BIN / 'jupyter', 'lab', *options], env=os.environ | own, **quiet)
     try:
         for _ in range(240):
             with socket.socket() as s:

@@ -497,7 +497,7 @@ ROOM_CSS = """
 .cxr-room .line { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: end; margin: 6px 0; }
 .cxr-room .top, .cxr-room .near { align-items: start; }
 .cxr-room .view { flex: 1 1 300px; min-width: 0; max-width: 560px; }
-.cxr-room .panel { flex: 1 1 300px; min-width: 0; }
+.cxr-room .panel { flex: 1 1 300px; min-width: 0; overflow-wrap: anywhere; }
 .cxr-room .wide { overflow-x: auto; }
 .cxr-room canvas.main { display: block; width: 100%; aspect-ratio: 1; background: #000; cursor: crosshair; touch-action: none; }
 .cxr-room :focus-visible { outline: 3px solid var(--jp-brand-color1, #0072B2); outline-offset: 2px; }
