@@ -245,7 +245,7 @@ def test_scaling_uses_validation_rows_only_and_leaves_room():
 
 def test_label_noise_fires_above_its_null_only():
     runs = {
-        k: [label_noise(simulate_labels(300, s, **kind), 60, trusted=True) for s in range(8)]
+        k: [label_noise(simulate_labels(300, s, **kind), 30, trusted=True) for s in range(5)]
         for k, kind in dict(
             clean=dict(),
             flipped=dict(flip=0.3, separation=3.0, validation='right'),
@@ -253,7 +253,7 @@ def test_label_noise_fires_above_its_null_only():
         ).items()
     }
     fires = {k: np.mean([r.verdict == 'found' for r in v]) for k, v in runs.items()}
-    assert fires['flipped'] == 1 and fires['clean'] <= 0.25 and fires['same_kind'] <= 0.25
+    assert fires['flipped'] == 1 and fires['clean'] <= 0.2 and fires['same_kind'] <= 0.2
     assert np.mean([r.flagged for r in runs['clean']]) > 0.08, 'flags alone would have accused clean labels'
     assert all(
         r.lo <= r.expected <= r.hi and r.excess == pytest.approx(r.flagged - r.expected)
