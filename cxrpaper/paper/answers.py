@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVIDENCE', 'ASKED', 'SIZES', 'QUESTIONS', 'SHOWN', 'Evidence', 'differences_of', 'detectable', 'answer_table',
            'one_answer', 'backbones', 'verdict_of', 'expected', 'masks_learnt', 'shuffled', 'fewer_labels', 'beside',
-           'judged', 'at_chance', 'most_frequent', 'why_hard', 'finer_images', 'answers', 'answers_markdown',
-           'short_answers', 'at_a_glance', 'restoration_answers']
+           'judged', 'runs_beside', 'at_chance', 'most_frequent', 'why_hard', 'finer_images', 'answers',
+           'answers_markdown', 'short_answers', 'at_a_glance', 'restoration_answers']
 
 # %% ../../nbs/appendix/paper/answers.ipynb #f0113378
 import json
@@ -178,6 +178,22 @@ def judged(e: Evidence) -> str:  # '' where the study was not judged
     file = resolve(e.folder) / 'table7.json'
     found = re.search(r'Scorecard\*\* of (.+?): ', json.loads(file.read_text())['caption']) if file.exists() else None
     return found[1] if found else ''
+
+
+def runs_beside(e: Evidence) -> str:  # '' where the study was not judged
+    "Which run the scorecard is about, and how it lies among the others: macro AUC, and the class that is told worst over all runs."
+    model, _, run = judged(e).rpartition(', ')
+    t = _table(e, 5)
+    t = t[(t.row == model) & t.metric.isin(['auc_macro', *(f'auc_{c}' for c in CLASSES)])].set_index('metric')
+    if not run or t.empty:
+        return ''
+    said = []
+    for metric in ('auc_macro', t.drop('auc_macro').value.idxmin()):
+        of = {f'seed {k}': float(v) for k, v in (p.split(':') for p in t.seeds[metric].split())}
+        others = ', '.join(f'{v:.2f}' for k, v in of.items() if k != run)
+        words = metric.replace('auc_macro', 'macro AUC').replace('auc_', 'AUC of ')
+        said.append(f'{words} {of[run]:.2f} ({"other runs: " + others if others else "no other run"})')
+    return f'Judged: **{model}, {run}**, the model of each test fold. Its {", its ".join(said)}.'
 
 
 def at_chance(metrics: pd.DataFrame) -> str:  # value, lo, hi of one model; index: the metrics

@@ -419,9 +419,7 @@ def gap_verdict(
         f'{r.attribute} {r.group} {r.gap:+.3f} ({r.lo:+.3f} to {r.hi:+.3f}), corrected p {r.p_adjusted:.2g}, n = {r.n}'
     )
     if r.p_adjusted < alpha:
-        return f'{name}: gap found: {say}' + (
-            f'; {n - 1} more' if (n := int((t.p_adjusted < alpha).sum())) > 1 else ''
-        )
+        return f'{name}: gap found: {say}' + (f'; {n - 1} more' if (n := int((t.p_adjusted < alpha).sum())) > 1 else '')
     return f'{name}: no gap is shown; the largest of {len(t)} is {say}; one of {t.detectable.min():.2f} to {t.detectable.max():.2f} would have been found'
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #e2d346bb
