@@ -154,7 +154,7 @@ def shuffled(e: Evidence) -> str:  # '' where they were not run
     t = t[(t.metric == 'difference_auc_macro') & (t.row == 'multi-task, shuffled masks') & (t.than == 'single-task')]
     return f'shuffled masks, which hold no place: {numbers(t.iloc[0])}' if len(t) else ''
 
-
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e1a00
 def fewer_labels(e: Evidence) -> str:  # '' where there is no table, or where the plan's verdict stands in it
     "What pre-training gives with fewer labels where no encoder was fine-tuned with them, and that this answers less than was asked."
     t = _table(e, 6)
@@ -192,10 +192,10 @@ def runs_beside(e: Evidence) -> str:  # '' where the study was not judged
         of = {f'seed {k}': float(v) for k, v in (p.split(':') for p in t.seeds[metric].split())}
         others = ', '.join(f'{v:.2f}' for k, v in of.items() if k != run)
         words = metric.replace('auc_macro', 'macro AUC').replace('auc_', 'AUC of ')
-        said.append(f'{words} {of[run]:.2f} ({"other runs: " + others if others else "no other run"})')
+        said.append(f'{words} is {of[run]:.2f} ({"other runs: " + others if others else "no other run"})')
     return f'Judged: **{model}, {run}**, the model of each test fold. Its {", its ".join(said)}.'
 
-
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e2a00
 def at_chance(metrics: pd.DataFrame) -> str:  # value, lo, hi of one model; index: the metrics
     "The classes whose AUC has an interval that holds one half, or else the one that is told worst."
     by_class = metrics.loc[[f'auc_{c}' for c in CLASSES]].sort_values('value')
@@ -212,7 +212,7 @@ def most_frequent(prior: pd.DataFrame) -> str:  # value of the class prior's met
     always = [c for c in CLASSES if prior.value.get(f'recall_{c}') == 1]
     return f'always saying {always[0] if always else "the most frequent class"} {prior.value["accuracy"]:.3f}'
 
-
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e2a01
 def why_hard(e: Evidence) -> str:  # '' where there is no table
     "What Table 2 and the scorecard show of the difficulty of the task."
     t = backbones(e).set_index('row')
