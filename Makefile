@@ -85,7 +85,7 @@ readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is i
 	$(BIN)/python tests/readme.py README.md
 
 book: .venv/installed ## the pages of the book, executed and stored with what they show, and README.md (a few minutes)
-	cd nbs && for page in [0-9]*.ipynb; do echo $$page; OMP_NUM_THREADS=2 MPLBACKEND= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR $$page || exit 1; done
+	cd nbs && for page in [0-9]*.ipynb appendix/paper/contents.ipynb; do echo $$page; OMP_NUM_THREADS=2 MPLBACKEND= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR $$page || exit 1; done
 	$(BIN)/python -c 'from cxrpaper.paper.contents import store_without_widgets; store_without_widgets(["nbs/09_reader.ipynb"])'
 	$(BIN)/nbdev_clean
 	@$(MAKE) readme

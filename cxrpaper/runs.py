@@ -197,12 +197,16 @@ def as_parameters(
     types: dict = None,  # name -> type, for those who read them
 ):  # a frozen dataclass
     "Values as a frozen dataclass, as those of a finished run; `dataclasses.replace` makes one with other values."
-    fields = [(k, (types or {}).get(k, object)) for k in values]
+    return _parameters_class(tuple((k, (types or {}).get(k, object)) for k in values))(**values)
+
+
+@functools.cache
+def _parameters_class(fields: tuple):  # of name, type; a study has thousands of parameters of the same kind
     own = {
-        '__reduce__': lambda self: (as_parameters, (dict(vars(self)), types)),
+        '__reduce__': lambda self: (as_parameters, (dict(vars(self)), dict(fields))),
         '__eq__': lambda self, other: is_dataclass(other) and vars(self) == vars(other),
     }
-    return make_dataclass('Parameters', fields, frozen=True, eq=False, namespace=own)(**values)
+    return make_dataclass('Parameters', fields, frozen=True, eq=False, namespace=own)
 
 # %% ../nbs/appendix/machine/runs.ipynb #d23e68d4
 def parameters(

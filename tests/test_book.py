@@ -13,7 +13,7 @@ import pytest
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from cxrpaper.paper.contents import WIDGET, page_facts, stale_pages, state_of, without_widgets
+from cxrpaper.paper.contents import WIDGET, contents, page_facts, stale_pages, state_of, without_widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'nbs' / 'index.ipynb', *sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
@@ -148,6 +148,20 @@ def test_the_pages_show_the_committed_results():
     assert other_state(tables, card, verdict, *stored) == [], 'run `make book`'
     moved = {k: t.replace('2', '3', 1) for k, t in tables.items()}
     assert set(other_state(moved, card, verdict, *stored)) == {k for k in tables if moved[k] != tables[k]}
+
+
+def listed(text):  # link, what the page explains; minutes are left out, they change with every word
+    return set(re.findall(r'^\| \[[^\]]+\]\(([^)]+)\) \| (.+?) \|', text, re.M))
+
+
+def test_the_list_of_the_appendix_is_of_today():
+    "contents.ipynb is read on GitHub, where nothing runs: what it has stored is the list of the pages that are there."
+    at = ROOT / 'nbs' / 'appendix'
+    pages = [p for p in sorted(at.glob('*/*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    from_here = lambda text: {(k[3:] if k.startswith('../') else f'paper/{k}', v) for k, v in listed(text)}
+    stored, now = shown(at / 'paper' / 'contents.ipynb'), listed(contents(pages, at))
+    assert from_here(stored) == now and len(now) == len(pages), 'run `make book`'
+    assert from_here(stored.replace('(../data/download.ipynb)', '(../data/gone.ipynb)')) != now
 
 
 def test_the_pages_say_the_state_of_the_results(tmp_path):

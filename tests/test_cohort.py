@@ -73,6 +73,25 @@ def per_class(series):
 
 
 @needs_tables
+def test_what_01_data_says_of_siim():
+    "01_data.ipynb: boxes on both halves by class, and patients that a split by image or study shows to the training."
+    images = read_cohort(TABLES, 'siim_tables').images
+    t = box_statistics(images)
+    rest = t.loc[['indeterminate', 'atypical']]
+    both = [t.both_halves['typical'], np.average(rest.both_halves, weights=rest.images)]
+    leaked = [audit_leaks(images, assign_folds(images, 5, 0, by)).set_index('level').share for by in ('image', 'study')]
+    said = ''.join(
+        ''.join(c['source']) for c in json.loads((project_root() / 'nbs' / '01_data.ipynb').read_text())['cells']
+    )
+    assert f'{t.boxes.sum():,} boxes' in said
+    assert (
+        f'{both[0]:.0%} of the boxed typical'.replace('%', ' %') in said and f'{both[1]:.0%}'.replace('%', ' %') in said
+    )
+    by_image, by_study = (f'{s["patient"]:.0%}'.replace('%', ' %') for s in leaked)
+    assert f'{by_image} by image and still {by_study} by study' in said
+
+
+@needs_tables
 def test_siim_counts(before, after):
     b, a = before.images, after.images
     assert (b.study.nunique(), len(b), len(a)) == (6054, 6334, 6117)

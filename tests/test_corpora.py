@@ -254,6 +254,20 @@ def test_all_real_radiographs_but_a_test_fold(real):
 
 
 @needs_cxr
+def test_the_pages_say_what_the_committed_pre_trainings_saw(real):
+    "One pre-training for all test folds: nothing of a labelled patient. 628 radiographs, as README.md and the answers say."
+    labelled, everything, hashes, labelled_hashes = real
+    sheet = (project_root() / 'figures' / 'open' / 'datasheet.md').read_text(encoding='utf-8')
+    assert labelled.digest[:12] in sheet, 'the committed study is of another collection'
+    table = exclude(everything, labelled, held_out_rows(labelled, None, None), (hashes, labelled_hashes))
+    seen = pretraining_corpus(everything, table).images
+    assert not seen.patient.isin(labelled.images.patient).any() and len(everything.images) == 987
+    for page in ('README.md', 'nbs/appendix/paper/answers.ipynb'):
+        assert f' {len(seen)} ' in (project_root() / page).read_text(encoding='utf-8')
+    assert set(seen.source) == set(everything.images.source) == {'nih', 'ieee'}
+
+
+@needs_cxr
 def test_real_copies_in_a_folder(real, tmp_path):
     labelled, everything, hashes, labelled_hashes = real
     rows = held_out_rows(labelled, assign_folds(labelled.images, 5), 0)

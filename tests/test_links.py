@@ -101,3 +101,16 @@ def test_untidy_headings_are_found():
     assert untidy(headings('# A\n\n## B\n\n### C\n\n## D\n\n```\n# no heading\n```\n')) == []
     assert len(untidy(headings('# A\n\n### C\n\n## B\n\n## B\n'))) == 2
     assert len(untidy(headings('## A\n'))) == 1
+
+
+def not_there(text):  # pages of the book, by number and name, that do not exist
+    here = {p.stem for p in (ROOT / 'nbs').glob('*.ipynb')}
+    return sorted(set(re.findall(r'(?<![\w/.-])0\d_[a-z]+(?!\w)', text)) - here)
+
+
+def test_pages_that_comments_name_are_there():
+    "In the comments of parameters and settings too, which no link checks."
+    of = lambda p: '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
+    texts = {p: of(p) for p in PAGES} | {p: p.read_text(encoding='utf-8') for p in (ROOT / 'config').glob('*.yaml')}
+    assert {name(p): gone for p, t in texts.items() if (gone := not_there(t))} == {}
+    assert not_there('which corpus that is (01_cohort), as 01_data says') == ['01_cohort']

@@ -10,7 +10,19 @@ import pytest
 
 from cxrpaper.evaluation.metrics import Verdict
 from cxrpaper.evaluation.plan import Plan
-from cxrpaper.paper.answers import Evidence, answers_markdown, one_answer, restoration_answers, short_answers
+from cxrpaper.paper.answers import (
+    EVIDENCE,
+    Evidence,
+    answers_markdown,
+    at_chance,
+    fewer_labels,
+    masks_learnt,
+    most_frequent,
+    one_answer,
+    restoration_answers,
+    short_answers,
+    why_hard,
+)
 from cxrpaper.paper.tables import multitask_verdict, pretraining_verdict
 from cxrpaper.questions.readiness import overall
 from cxrpaper.questions.subgroups import gap_verdict
@@ -85,6 +97,86 @@ def test_the_first_page_says_the_word_of_its_table(word, tmp_path):
     for text in (short_answers((real, planted), PLAN), answers_markdown((real,), PLAN)):
         assert words_in(text.replace('*', '')) == [word], text
     assert not re.search(r'prove|because|cause|due to|helps[ .,;]', short_answers((real, planted), PLAN))
+
+
+@pytest.mark.parametrize('word', CASES)
+def test_what_was_planted_stands_beside_what_was_found(word, tmp_path):
+    "A gain that should be there and is not found is said; where none should be there, nothing is missed."
+    row = dict(ROW, row='multi-task', than='single-task', question='more tasks', **CASES[word])
+    control = dict(ROW, row='multi-task, shuffled masks', than='single-task', question='more tasks', **CASES['better'])
+    t = pd.DataFrame([k | dict(metric='difference_auc_macro') for k in (row, control)])
+    t.to_csv(tmp_path / 'table3.csv', index=False)
+    for expected in ('better', 'no gain by place'):
+        said = short_answers((Evidence('a study', str(tmp_path), 'planted', 'of a kind', expected),), PLAN)
+        assert f'expected {expected}, found {word}' in said
+        missed = expected == 'better' and word != 'better'
+        assert ('The planted gain was not found' in said) == missed
+        assert ('shuffled masks, which hold no place: +0.050' in said) == (expected == 'better')
+
+
+@pytest.mark.parametrize('lo, where', ((0.10, 'below'), (0.35, 'not apart from'), (0.60, 'above')))
+def test_masks_are_held_against_the_mean_mask(lo, where, tmp_path):
+    e = Evidence('a study', str(tmp_path), 'real', 'of a kind')
+    assert masks_learnt(e) == ''
+    dice = lambda row, lo: dict(row=row, metric='dice', value=lo + 0.05, lo=lo, hi=lo + 0.1)
+    t = pd.DataFrame([dice('multi-task', lo), dice('box prior', 0.4)])
+    t.to_csv(tmp_path / 'table3.csv', index=False)
+    assert [w for w in ('below', 'not apart from', 'above') if w in masks_learnt(e)] == [where]
+    assert f'{lo + 0.05:.2f} ({lo:.2f}' in masks_learnt(e) and '0.45 (0.40 to 0.50)' in masks_learnt(e)
+
+
+def test_what_was_not_asked_of_labels_is_said_only_where_it_was_not(tmp_path):
+    e = Evidence('a study', str(tmp_path), 'real', 'of a kind')
+    assert fewer_labels(e) == ''
+    row = dict(row='MoCo, frozen features', than='ImageNet, frozen features', labels=0.3, question='ImageNet')
+    row |= dict(metric='difference_auc_macro', value=0.005, lo=-0.029, hi=0.04)
+    pd.DataFrame([row, row | dict(labels=1.0, value=0.9)]).to_csv(tmp_path / 'table6.csv', index=False)
+    said = fewer_labels(e)
+    assert said.startswith('with 30 % of the labels, encoder frozen, minus ImageNet: MoCo +0.005 (-0.029 to +0.040);')
+    assert said.endswith('stays open') and '0.9' not in said
+    tuned = row | dict(row='MoCo, fine-tuned', than='ImageNet, fine-tuned')
+    pd.DataFrame([row, tuned]).to_csv(tmp_path / 'table6.csv', index=False)
+    assert fewer_labels(e) == ''
+
+
+def table_2(**auc):  # class -> value, half the width of its interval
+    rows = [dict(metric=f'auc_{c}', value=v, lo=v - w, hi=v + w) for c, (v, w) in auc.items()]
+    rows.append(dict(metric='auc_macro', value=0.64, lo=0.61, hi=0.67))
+    return pd.DataFrame([*rows, dict(metric='accuracy', value=0.375, lo=0.331, hi=0.422)]).assign(row='a model')
+
+
+def test_classes_at_chance_are_counted():
+    chance = dict(negative=(0.77, 0.05), typical=(0.74, 0.06), indeterminate=(0.52, 0.07), atypical=(0.53, 0.06))
+    said = at_chance(table_2(**chance).set_index('metric'))
+    assert said.startswith('AUC not told from chance in 2 of 4 classes: indeterminate 0.52 (0.45 to 0.59), atypical')
+    said = at_chance(table_2(**chance | dict(indeterminate=(0.62, 0.07), atypical=(0.6, 0.06))).set_index('metric'))
+    assert said == 'told worst: atypical 0.60 (0.54 to 0.66)'
+    prior = pd.DataFrame(dict(value=dict(accuracy=0.388, recall_negative=0.0, recall_atypical=1.0)))
+    assert most_frequent(prior) == 'always saying atypical 0.388'
+    assert 'most frequent class' in most_frequent(prior * 0.5)
+
+
+def test_why_it_is_hard_has_the_paired_difference_of_the_scorecard(tmp_path):
+    e = Evidence('a study', str(tmp_path), 'real', 'of a kind')
+    assert why_hard(e) == ''
+    t = table_2(negative=(0.77, 0.05), typical=(0.74, 0.06), indeterminate=(0.52, 0.07), atypical=(0.53, 0.06))
+    prior, known = (t.assign(row=f'metadata baseline: {k}') for k in ('class prior', 'all metadata'))
+    pd.concat([t, prior, known]).assign(n=250, n_units=201).to_csv(tmp_path / 'table2.csv', index=False)
+    assert 'minus metadata' not in why_hard(e)
+    (tmp_path / 'table7.json').write_text(
+        json.dumps(dict(caption='**Table 7. Scorecard** of M, seed 3: x', verdict='v'))
+    )
+    card = dict(question='more than metadata tell?', result='minus metadata: +0.03 (-0.03 to +0.08), p 0.310')
+    pd.DataFrame([card | dict(answer='inconclusive')]).to_csv(tmp_path / 'table7.csv', index=False)
+    assert '(seed 3 minus metadata: +0.03 (-0.03 to +0.08), inconclusive)' in why_hard(e)
+
+
+def test_the_first_page_says_what_the_tables_say_now():
+    flat = lambda s: ' '.join(s.replace('\xa0', ' ').split())
+    readme = flat((ROOT / 'README.md').read_text(encoding='utf-8'))
+    assert flat(short_answers()) in readme, 'run `make readme`'
+    other = tuple(Evidence(e.title, EVIDENCE[1].folder, e.kind, e.short, e.expected) for e in EVIDENCE)
+    assert flat(short_answers(other)) not in readme
 
 
 def test_fit_for_use_only_if_all_is_passed():

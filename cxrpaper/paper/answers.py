@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'ASKED', 'SIZES', 'QUESTIONS', 'SHOWN', 'Evidence', 'differences_of', 'detectable', 'answer_table',
-           'one_answer', 'backbones', 'verdict_of', 'answers', 'answers_markdown', 'short_answers', 'at_a_glance',
-           'restoration_answers']
+           'one_answer', 'backbones', 'verdict_of', 'expected', 'masks_learnt', 'shuffled', 'fewer_labels', 'beside',
+           'judged', 'runs_beside', 'at_chance', 'most_frequent', 'why_hard', 'finer_images', 'answers',
+           'answers_markdown', 'short_answers', 'at_a_glance', 'restoration_answers']
 
 # %% ../../nbs/appendix/paper/answers.ipynb #f0113378
 import json
+import re
 from dataclasses import dataclass
 
 import pandas as pd
@@ -29,6 +31,7 @@ class Evidence:
     folder: str  # of its tables
     kind: str  # 'real', 'planted' (its truth is known) or 'phantom'
     short: str  # on the first page
+    expected: str = ''  # of masks, where the truth is planted
 
 
 EVIDENCE = (
@@ -38,9 +41,14 @@ EVIDENCE = (
         'figures/location',
         'planted',
         'where place tells the classes apart',
+        'better',
     ),
     Evidence(
-        'phantoms whose classes do not differ by place', 'figures/nolocation', 'planted', 'where place tells nothing'
+        'phantoms whose classes do not differ by place',
+        'figures/nolocation',
+        'planted',
+        'where place tells nothing',
+        'no gain by place',
     ),
     Evidence('phantoms of the shape of SIIM', 'figures', 'phantom', 'of the shape of SIIM'),
 )
@@ -119,23 +127,119 @@ def verdict_of(e: Evidence) -> str:  # '' where the study was not judged
     file = resolve(e.folder) / 'table7.json'
     return json.loads(file.read_text())['verdict'] if file.exists() else ''
 
-# %% ../../nbs/appendix/paper/answers.ipynb #855c2017
-QUESTIONS = dict(
-    multitask='Does learning masks beside the classes help?',
-    pretraining="Does pre-training without labels replace ImageNet's?",
-)
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e0a01
+def _table(e, k):  # its rows; empty where there is none
+    file = resolve(e.folder) / f'table{k}.csv'
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['row', 'than', 'metric'])
 
 
-def _why_hard(e):  # '' where there is no table
+def expected(e: Evidence, question: str) -> str:  # '' where nothing was planted
+    "What the answer should be, before what it is."
+    return f'expected {e.expected}, found ' if e.expected and question == 'multitask' else ''
+
+
+def masks_learnt(e: Evidence) -> str:  # '' where no mask was judged
+    "The Dice of the decoder's masks beside that of the mean training mask; 'below' and 'above' where the intervals are apart."
+    t = _table(e, 3).query("metric == 'dice'").set_index('row')
+    if not {'multi-task', 'box prior'} <= set(t.index):
+        return ''
+    ours, prior = t.loc['multi-task'], t.loc['box prior']
+    where = 'below' if ours.hi < prior.lo else 'above' if ours.lo > prior.hi else 'not apart from'
+    return f'Dice of its masks {cell(ours)}, {where} that of the mean training mask, {cell(prior)}'
+
+
+def shuffled(e: Evidence) -> str:  # '' where they were not run
+    "What masks of other images gain, which hold no place."
+    t = _table(e, 3)
+    t = t[(t.metric == 'difference_auc_macro') & (t.row == 'multi-task, shuffled masks') & (t.than == 'single-task')]
+    return f'shuffled masks, which hold no place: {numbers(t.iloc[0])}' if len(t) else ''
+
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e1a00
+def fewer_labels(e: Evidence) -> str:  # '' where there is no table, or where the plan's verdict stands in it
+    "What pre-training gives with fewer labels where no encoder was fine-tuned with them, and that this answers less than was asked."
+    t = _table(e, 6)
+    if t.empty or (few := t[t.labels < 1]).row.str.contains('fine-tuned').any():
+        return ''
+    d = few[(few.metric == 'difference_auc_macro') & (few.question == 'ImageNet')]
+    said = ', '.join(f'{r.row.split(",")[0]} {numbers(r)}' for r in d.itertuples())
+    asked = 'nothing was fine-tuned or begun from scratch with so few, so whether it saves labels stays open'
+    return f'with {100 * few.labels.min():.0f} % of the labels, encoder frozen, minus ImageNet: {said}; {asked}'
+
+
+def beside(e: Evidence, question: str) -> str:
+    "What stands beside the answer to a question."
+    if question == 'pretraining':
+        return fewer_labels(e)
+    return shuffled(e) if e.expected == 'better' else '' if e.expected else masks_learnt(e)
+
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e0a03
+def judged(e: Evidence) -> str:  # '' where the study was not judged
+    "The model and the training run that the scorecard is about."
+    file = resolve(e.folder) / 'table7.json'
+    found = re.search(r'Scorecard\*\* of (.+?): ', json.loads(file.read_text())['caption']) if file.exists() else None
+    return found[1] if found else ''
+
+
+def runs_beside(e: Evidence) -> str:  # '' where the study was not judged
+    "Which run the scorecard is about, and how it lies among the others: macro AUC, and the class that is told worst over all runs."
+    model, _, run = judged(e).rpartition(', ')
+    t = _table(e, 5)
+    t = t[(t.row == model) & t.metric.isin(['auc_macro', *(f'auc_{c}' for c in CLASSES)])].set_index('metric')
+    if not run or t.empty:
+        return ''
+    said = []
+    for metric in ('auc_macro', t.drop('auc_macro').value.idxmin()):
+        of = {f'seed {k}': float(v) for k, v in (p.split(':') for p in t.seeds[metric].split())}
+        others = ', '.join(f'{v:.2f}' for k, v in of.items() if k != run)
+        words = metric.replace('auc_macro', 'macro AUC').replace('auc_', 'AUC of ')
+        said.append(f'{words} is {of[run]:.2f} ({"other runs: " + others if others else "no other run"})')
+    return f'Judged: **{model}, {run}**, the model of each test fold. Its {", its ".join(said)}.'
+
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e2a00
+def at_chance(metrics: pd.DataFrame) -> str:  # value, lo, hi of one model; index: the metrics
+    "The classes whose AUC has an interval that holds one half, or else the one that is told worst."
+    by_class = metrics.loc[[f'auc_{c}' for c in CLASSES]].sort_values('value')
+    by_class.index = by_class.index.str.removeprefix('auc_')
+    chance = by_class[(by_class.lo <= 0.5) & (by_class.hi >= 0.5)]
+    names = lambda t: ', '.join(f'{r.Index} {cell(r)}' for r in t.itertuples())
+    if chance.empty:
+        return f'told worst: {names(by_class[:1])}'
+    return f'AUC not told from chance in {len(chance)} of {len(CLASSES)} classes: {names(chance)}'
+
+
+def most_frequent(prior: pd.DataFrame) -> str:  # value of the class prior's metrics; index: the metrics
+    "What always saying the most frequent class of the training images reaches."
+    always = [c for c in CLASSES if prior.value.get(f'recall_{c}') == 1]
+    return f'always saying {always[0] if always else "the most frequent class"} {prior.value["accuracy"]:.3f}'
+
+# %% ../../nbs/appendix/paper/answers.ipynb #c11e2a01
+def why_hard(e: Evidence) -> str:  # '' where there is no table
+    "What Table 2 and the scorecard show of the difficulty of the task."
     t = backbones(e).set_index('row')
     if t.empty:
         return ''
-    first, by_class = t.index[0], [f'auc_{c}' for c in CLASSES]
-    auc = lambda row: cell(t[t.metric == 'auc_macro'].loc[row])
-    worst = t.loc[first].set_index('metric').loc[by_class].sort_values('value').iloc[0]
-    told = f'told worst: {worst.name.removeprefix("auc_")}, {cell(worst)}'
-    known = f"{auc(BASELINE_NAMES['metadata'])} of what age, sex, view and the like tell"
-    return f'seen, not explained: macro AUC {auc(first)} of {first}, {known}; {told}'
+    of = lambda row: t.loc[row].set_index('metric')
+    first, prior, auc = t.index[0], of(BASELINE_NAMES['prior']), lambda row: cell(of(row).loc['auc_macro'])
+    known = f'{auc(BASELINE_NAMES["metadata"])} of the metadata alone'
+    card, run = _table(e, 7), judged(e).split(', ')[-1]
+    for r in card[card.question == 'more than metadata tell?'].itertuples() if run else ():
+        known += f' ({run} {r.result.split(", p ")[0]}, {r.answer})'
+    right = f'accuracy {cell(of(first).loc["accuracy"], 3)}, {most_frequent(prior)}'
+    return f'seen, not explained: macro AUC {auc(first)} of {first}, {known}; {at_chance(of(first))}; {right}'
+
+
+def finer_images(e: Evidence) -> str:  # '' where the study has no other size
+    "What frozen features reach at another size of the image."
+    auc = backbones(e).query("metric == 'auc_macro'").set_index('row')
+    finer = [(row, *m.groups()) for row in auc.index if (m := re.match(r'(.+), px (\d+)$', row))]
+    said = [f'{base}: {cell(auc.loc[base])}; at {px} px {cell(auc.loc[row])}' for row, base, px in finer]
+    return '; '.join(said)
+
+# %% ../../nbs/appendix/paper/answers.ipynb #855c2017
+QUESTIONS = dict(
+    multitask='Does learning masks beside the classes help?',
+    pretraining="Does pre-training without labels add to ImageNet's?",
+)
 
 
 def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evidence, what it says), ...]
@@ -144,9 +248,10 @@ def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evi
     for q, words in QUESTIONS.items():
         found = {e: list(differences_of(e, q).itertuples()) for e in evidence}
         said = {e: ', and '.join(one_answer(r, plan, plan.level(q)) for r in rows) for e, rows in found.items() if rows}
-        out[words] = [(e, f'{text}, {int(found[e][0].n_units)} patients') for e, text in said.items()]
+        more = {e: '; '.join(filter(None, (f'{int(found[e][0].n_units)} patients', beside(e, q)))) for e in said}
+        out[words] = [(e, f'{expected(e, q)}{text}, {more[e]}') for e, text in said.items()]
     out['Is a model fit to be deployed?'] = [(e, v) for e in evidence if (v := verdict_of(e))]
-    out['Why is it hard?'] = [(e, s) for e in evidence if (s := _why_hard(e))]
+    out['Why is it hard?'] = [(e, s) for e in evidence if (s := why_hard(e))]
     return out
 
 # %% ../../nbs/appendix/paper/answers.ipynb #ff0a6ee2
@@ -161,36 +266,35 @@ def short_answers(evidence=EVIDENCE, plan=None) -> str:
     out = []
     for q, said in answers(evidence, plan).items():
         said = [(e, text.replace(') macro AUC', ')')) for e, text in said]
-        real = [f'On {e.short}: {text}.' for e, text in said if e.kind == 'real']
-        planted = [o for o in said if o[0].kind == 'planted']
-        short = lambda text: (
-            text.split(' (')[0] if 'passed' in text else text.replace('multi-task minus single-task ', '')
-        )
+        real = [f'*Real*: {text}.' for e, text in said if e.kind == 'real']
+        planted = [(e, text) for e, text in said if e.kind == 'planted' and 'passed' not in text]
+        short = lambda text: text.replace('multi-task minus single-task ', '')
         known = '; '.join(f'{e.short}, {short(text)}' for e, text in planted)
-        out.append(f'**{q}** ' + ' '.join(real + [f'*On phantoms* {known}.'] * bool(known)))
+        missed = any('expected better' in text and 'found better' not in text for _, text in planted)
+        noted = ['The planted gain was not found: nothing here shows that a true one would be.'] * missed
+        out.append(f'**{q}** ' + ' '.join(real + [f'*On phantoms* {known}.'] * bool(known) + noted))
     return unbroken('\n\n'.join(out))
 
 # %% ../../nbs/appendix/paper/answers.ipynb #8d847d86
 SHOWN = (  # table, its row, what to call it where one table says all
-    ('table4', 'from scratch, single-task', 'from scratch'),
-    ('table4', 'ImageNet, single-task', 'ImageNet'),
-    ('table3', 'multi-task', 'ImageNet, with masks beside the classes'),
-    ('table4', 'MoCo, single-task', 'MoCo on unlabelled radiographs'),
-    ('table4', 'inpainting, single-task', 'inpainting on unlabelled radiographs'),
-    ('table4', 'ImageNet, frozen features', 'ImageNet, not fine-tuned: logistic regression on its features'),
-    ('table2', BASELINE_NAMES['metadata'], 'no image: age, sex, view and the like'),
+    (4, 'from scratch, single-task', 'from scratch'),
+    (4, 'ImageNet, single-task', 'ImageNet'),
+    (3, 'multi-task', 'ImageNet, with masks'),
+    (4, 'MoCo, single-task', 'ImageNet, then MoCo'),
+    (4, 'inpainting, single-task', 'ImageNet, then inpainting'),
+    (4, 'ImageNet, frozen features', 'ImageNet, not fine-tuned'),
+    (2, 'tf_efficientnet_lite0, imagenet, frozen features, px 384', 'ImageNet, not fine-tuned, 384 px'),
+    (2, BASELINE_NAMES['metadata'], 'no image: all metadata'),
 )
 
 
 def at_a_glance(e: Evidence) -> pd.DataFrame:  # text
-    "The models of a study in one table: macro AUC, and how far from ImageNet's."
+    "The models of a study in one table, by macro AUC; their differences are in the sentences."
     rows = []
     for table, row, words in SHOWN:
-        t = pd.read_csv(resolve(e.folder) / f'{table}.csv')
+        t = _table(e, table)
         t = t[t.row == row].set_index('metric')
-        than = t[t.get('than', pd.Series(index=t.index)).isin(['single-task', 'ImageNet, single-task'])]
-        minus = numbers(than.loc['difference_auc_macro']) if 'difference_auc_macro' in than.index else ''
-        rows.append({'start of the training': words, 'macro AUC': cell(t.loc['auc_macro']), 'minus ImageNet': minus})
+        rows.append({'start of the training': words, 'macro AUC': cell(t.loc['auc_macro'])})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/paper/answers.ipynb #7c1d2e02

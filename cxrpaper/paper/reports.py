@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'TRIPOD', 'METRICS', 'PROBAST', 'MODEL_CARD', 'DATASHEET', 'REPORTS', 'POINTER', 'one', 'gather',
-           'metrics_score', 'source_of', 'pointers', 'place', 'leads_nowhere', 'linked', 'filled', 'kinds', 'not_asked',
-           'write_report', 'checklist', 'metrics_report', 'probast_report']
+           'metrics_score', 'purpose_of', 'source_of', 'pointers', 'place', 'leads_nowhere', 'linked', 'filled',
+           'kinds', 'not_asked', 'write_report', 'checklist', 'metrics_report', 'probast_report']
 
 # %% ../../nbs/appendix/paper/reports.ipynb #854d94e5
 import os
@@ -350,7 +350,7 @@ Cohort {cohort}, digest {digest}, as read by 01_data. After Gebru et al. 2021.{s
 
 | | |
 |---|---|
-| purpose | four appearances of COVID-19 in the lung: negative, typical, indeterminate, atypical |
+| purpose | {purpose} |
 | what an instance is | one frontal radiograph of {who}; {images} images, {labelled} of them with a label, {patients} patients |
 | labels | {classes} |
 | boxes | opacities outlined in {boxes} images |
@@ -364,6 +364,12 @@ Cohort {cohort}, digest {digest}, as read by 01_data. After Gebru et al. 2021.{s
 | uses | this study. A model that sells the view or the image's size for disease can be made of it (table2, table8) |
 | distribution | not by us: {source} |
 """
+
+
+def purpose_of(surrogate: bool) -> str:  # True: the classes are made from reads that asked for something else
+    "What the four classes of a cohort stand for."
+    classes = 'four appearances of COVID-19 in the lung: negative, typical, indeterminate, atypical'
+    return f'a surrogate, not read for COVID-19, of {classes}' if surrogate else classes
 
 
 def source_of(name: str) -> str:  # name of a cohort

@@ -789,7 +789,8 @@ def benefit_rule(p):
     "Passed if each decision of this study (isolate at .10, CT at .25, treat as typical at .50) has a net benefit over the better of treating all and none with an interval above 0 at the prevalence of the test, and the answer of least expected cost costs less than the best single one (Vickers 2006). Reads `decisions`: decision, t, as_tested, gain, gain_lo, gain_hi; `costs`: answer, value, lo, hi."
     d, c = p['decisions'], p['costs'].set_index('answer').loc['least minus single']
     d = d[d.as_tested.astype(bool)]
-    said = ', '.join(f'{r.gain:+.2f} ({r.gain_lo:+.2f} to {r.gain_hi:+.2f}) at {r.t:.2f}' for r in d.itertuples())
+    said = ', '.join(f'{r.gain:+.3f} ({r.gain_lo:+.3f} to {r.gain_hi:+.3f}) at {r.t:.2f}' for r in d.itertuples())
+    said = f'net benefit {said}'
     said += f'; cost {c.value:+.2f} ({c.lo:+.2f} to {c.hi:+.2f})'
     return said, worst(
         [*(above(r.gain, r.gain_lo, r.gain_hi, 0) for r in d.itertuples()), above(-c.value, -c.hi, -c.lo, 0)]
@@ -801,8 +802,8 @@ def referral_rule(p):
     d = p['referral'].set_index(['form', 'metric'])
     firm, loose = d.loc[('guaranteed', 'referred')], d.loc[('validation', 'referred')]
     answer = 'passed' if firm.hi <= 0.5 else 'not passed' if loose.lo > 0.5 else 'inconclusive'
-    right = cell(d.loc[('guaranteed', 'accuracy')]) if firm.value < 1 else 'nothing is kept'
-    return f'referred {cell(firm)}, accuracy of the rest {right}; without the guarantee referred {cell(loose)}', answer
+    right = f'accuracy of the rest {cell(d.loc[("guaranteed", "accuracy")])}' if firm.value < 1 else 'nothing is kept'
+    return f'referred {cell(firm)}, {right}; without the guarantee referred {cell(loose)}', answer
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #223a9608
 def figure_use(

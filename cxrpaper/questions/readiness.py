@@ -41,12 +41,12 @@ def performance_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/readiness.ipynb #080435c9
 def _done(part, s, folder) -> str:  # '' or why not
-    "Write the tables of one part."
+    "Write the tables of one part; the reason stands in Table 7, so it is a sentence and not a message of the program."
     try:
         for table, df in part(s).items():
             write_csv(folder / f'{table}.csv', df)
     except InputError as e:
-        return str(e)
+        return '; '.join(str(k) for k in (e.file, e.problem, e.hint) if k)
     return ''
 
 # %% ../../nbs/appendix/questions/readiness.ipynb #e767f644

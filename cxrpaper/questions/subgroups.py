@@ -411,18 +411,16 @@ def gap_verdict(
     alpha: float = 0.05,
 ) -> str:
     "One sentence about the gaps of a metric."
-    t = gaps[(gaps.metric == metric) & gaps.p.notna()]
+    t, name = gaps[(gaps.metric == metric) & gaps.p.notna()], 'macro AUC' if metric == 'auc_macro' else metric
     if not len(t):
-        return f'{metric}: {TOO_FEW}'
+        return f'{name}: {TOO_FEW}'
     r = t.loc[t.p_adjusted.idxmin() if t.p_adjusted.min() < alpha else t.gap.abs().idxmax()]
     say = (
         f'{r.attribute} {r.group} {r.gap:+.3f} ({r.lo:+.3f} to {r.hi:+.3f}), corrected p {r.p_adjusted:.2g}, n = {r.n}'
     )
     if r.p_adjusted < alpha:
-        return f'{metric}: gap found: {say}' + (
-            f'; {n - 1} more' if (n := int((t.p_adjusted < alpha).sum())) > 1 else ''
-        )
-    return f'{metric}: no gap is shown; the largest of {len(t)} is {say}; one of {t.detectable.min():.2f} to {t.detectable.max():.2f} would have been found'
+        return f'{name}: gap found: {say}' + (f'; {n - 1} more' if (n := int((t.p_adjusted < alpha).sum())) > 1 else '')
+    return f'{name}: no gap is shown; the largest of {len(t)} is {say}; one of {t.detectable.min():.2f} to {t.detectable.max():.2f} would have been found'
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #e2d346bb
 def planted_gaps(
