@@ -405,7 +405,7 @@ ALL = dict(jobs=jobs, steps=steps, moco=moco, ingest=ingest, evaluation=evaluati
 
 def machine():
     "Hardware and versions, without the name of the machine."
-    p = provenance('costs')
+    p = provenance('training.throughput')
     device = p['device'] if isinstance(p['device'], str) else str(p['device'])
     return f'{device}, {psutil.cpu_count()} processors, {psutil.virtual_memory().total / 2**30:.0f} GiB, {torch.get_num_threads()} thread a training, Python {platform.python_version()}, PyTorch {torch.__version__}, {time.strftime("%Y-%m-%d", time.gmtime())}'
 
