@@ -186,7 +186,7 @@ def test_jobs_at_once_never_share_a_gpu(tmp_path, without_locks):
 
 
 def test_trainings_share_a_gpu_as_far_as_it_has_places(tmp_path):
-    "One GPU with two places: two meet on it, a third waits. A training of two GPUs takes both whole."
+    "One GPU with two places: two meet on it, a third waits."
     root = clone(tmp_path / 'clone', gpus=1)
     names = [f'resnet10t-{k}-seed0' for k in ('none-fold0', 'none-fold1', 'multitask-none-fold0')]
     for n in names:
