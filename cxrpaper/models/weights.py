@@ -183,7 +183,7 @@ def imagenet_file(
     if file.exists():
         return file
     if arch in PACKAGED:
-        return Path(next(iter(files(package_of(arch).replace('-', '_')).glob('models/*.pth'))))
+        return next(Path(files(package_of(arch).replace('-', '_'))).glob('models/*.pth'))
     url = weights_url(arch)
     if not url:
         raise InputError(

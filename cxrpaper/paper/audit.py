@@ -14,9 +14,7 @@ __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'CO
            'audit']
 
 # %% ../../nbs/appendix/paper/audit.ipynb #39a77fea
-import base64
 import html
-import io
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +25,7 @@ import pandas as pd
 
 from ..data.cohort import read_rows, refuse
 from ..evaluation.metrics import Resampling, estimate, estimated_difference, holm, softmax
+from ..jobs import png_tag
 from ..runs import InputError, atomic_dir, file_digest, show_path, write_csv, write_json
 
 # %% ../../nbs/appendix/paper/audit.ipynb #97fb174f
@@ -610,11 +609,9 @@ def picture_tag(fig, dpi: int = 130) -> str:
     "An img tag that holds its image; its alternative text is the label of the figure."
     import matplotlib.pyplot as plt
 
-    with io.BytesIO() as f:
-        fig.savefig(f, format='png', dpi=dpi, bbox_inches='tight')
-        data = base64.b64encode(f.getvalue()).decode()
+    tag = png_tag(fig, fig.get_label(), dpi=dpi, bbox_inches='tight')
     plt.close(fig)
-    return f'<img alt="{html.escape(fig.get_label())}" src="data:image/png;base64,{data}">'
+    return tag
 
 
 def _forest(ax, t, names):  # columns value, lo, hi

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'FROZEN_TITLES', 'ERRORS', 'BY_NUMBER', 'BY_LOSS', 'ANNOTATED', 'EVIDENCE', 'DRAWN', 'SMALL', 'JS_WINDOW',
-           'JS_PAINT', 'JS_HANDS', 'JS_PANEL', 'JS_ROOM', 'ROOM_JS', 'ROOM_CSS', 'SHEET_STYLE', 'RoomModel',
+           'JS_PAINT', 'JS_HANDS', 'JS_PANEL', 'JS_ROOM', 'ROOM_JS', 'ROOM_CSS', 'TABLE_STYLE', 'RoomModel',
            'study_model', 'open_study', 'frozen_model', 'case_table', 'choices', 'choose', 'case_pixels',
            'whole_window', 'shown', 'box_fractions', 'overlay_names', 'overlay', 'alike', 'Room', 'thumbnail',
            'gallery_cases', 'still']
@@ -37,7 +37,7 @@ from ..models.losses import class_weights
 from ..models.nets import Encoder
 from ..models.weights import load_pretrained
 from .audit import page_html, picture_tag
-from .predict import NOTICE
+from .predict import NOTICE, SHEET_STYLE
 from ..questions.difficulty import READERS, doubtful, readers_matrix
 from ..questions.saliency import grad_cam, segmentation_maps
 from ..questions.subgroups import BY, age_bands
@@ -681,7 +681,7 @@ def figure(self: Room):  # matplotlib Figure
     return fig
 
 # %% ../../nbs/appendix/paper/room.ipynb #739fdc77
-SHEET_STYLE = 'body{font:15px system-ui;max-width:62em;margin:2em auto;padding:0 1em}img{max-width:100%}table{border-collapse:collapse}td,th{padding:.2em .8em;border-bottom:1px solid #999;text-align:left}'
+TABLE_STYLE = 'table{border-collapse:collapse}td,th{padding:.2em .8em;border-bottom:1px solid #999;text-align:left}'
 
 
 @patch
@@ -697,7 +697,7 @@ def sheet(self: Room) -> str:  # HTML
         picture_tag(self.figure(), dpi=130),
         f'<table><tr>{head}</tr>{rows}</table><p>{html.escape(c["note"])}</p>',
     ]
-    return page_html(html.escape(c['title']), SHEET_STYLE, parts)
+    return page_html(html.escape(c['title']), SHEET_STYLE + TABLE_STYLE, parts)
 
 
 @patch

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from cxrpaper.paper.contents import contents, figure_markdown, page_facts, state_of
+from cxrpaper.paper.contents import WIDGET, contents, figure_markdown, page_facts, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / 'nbs'
@@ -97,7 +97,7 @@ def staged(path: Path, inside) -> dict:
         tags = [*cell['metadata'].get('tags', []), *how]
         for o in cell['outputs']:
             if len(o.get('data', {})) > 1:  # without a kernel a widget is what it says beside itself
-                o['data'].pop('application/vnd.jupyter.widget-view+json', None)
+                o['data'].pop(WIDGET, None)
             if 'text/markdown' in o.get('data', {}):
                 said = outward(''.join(o['data']['text/markdown']), path, inside)  # Sphinx resolves no links in outputs
                 o['data']['text/markdown'] = re.sub(
