@@ -37,10 +37,11 @@ PARTS ?= 1
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
-# a corpus elsewhere stands in the place of the study's own: data/open is a link to it
+# a corpus elsewhere stands in the place of the study's own: its data_root, such as data/open, is a link to it
 DATA ?=
+ROOT = $(shell sed -n 's/^data_root: *\([^ \#]*\).*/\1/p' config/$(PROFILE).yaml)
 define link
-	@[ ! "$(DATA)" ] || { [ -d "$(DATA)" ] || { echo "DATA=$(DATA): no such folder" >&2; exit 1; }; mkdir -p data; [ ! -e data/$(PROFILE) ] || [ -L data/$(PROFILE) ] || { echo "data/$(PROFILE) is there already: remove it, or leave out DATA" >&2; exit 1; }; ln -sfn "$$(cd "$(DATA)" && pwd)" data/$(PROFILE); }
+	@[ ! "$(DATA)" ] || { [ -d "$(DATA)" ] || { echo "DATA=$(DATA): no such folder" >&2; exit 1; }; [[ "$(ROOT)" == data/* ]] || { echo "DATA: config/$(PROFILE).yaml has no data_root below data/ that could be a link to it" >&2; exit 1; }; mkdir -p $$(dirname $(ROOT)); [ ! -e $(ROOT) ] || [ -L $(ROOT) ] || { echo "$(ROOT) is there already: remove it, or leave out DATA" >&2; exit 1; }; ln -sfn "$$(cd "$(DATA)" && pwd)" $(ROOT); }
 endef
 
 paper: .venv/installed ## every table and figure, from DICOM files to figures/ (PROFILE=smoke, PROFILE=open after make data, or PROFILE=study on a GPU; EXECUTOR=slurm on a cluster)

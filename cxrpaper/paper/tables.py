@@ -150,12 +150,13 @@ def multitask_verdict(
     d = diffs[(diffs.metric == (metric or plan.metric)) & (diffs.row == 'multi-task')]
     at, level = {r.than: r for r in d.itertuples()}, plan.level('multitask')
     needed = ['single-task', *(f'multi-task, {c} masks' for c in CONTROLS)]
-    if missing := [k for k in needed if k not in at]:
+    missing = [k for k in needed if k not in at]
+    first = said(at['single-task'], plan, level) if 'single-task' in at else ''
+    if first and claim(at['single-task'], plan, level) != Verdict.BETTER:
+        return f'multi-task minus single-task: {first}'  # controls say where a gain comes from
+    if missing:
         return f'no verdict: {", ".join(missing)} was not run'
-    first = said(at['single-task'], plan, level)
     lost = [k.removeprefix('multi-task, ') for k in needed[1:] if claim(at[k], plan, level) != Verdict.BETTER]
-    if claim(at['single-task'], plan, level) != Verdict.BETTER:
-        return f'multi-task minus single-task: {first}'
     if not lost:
         return f'multi-task learning helps, by the place of the opacities: {first}'
     return f'multi-task learning beats the single-task model ({first}), but not the controls ({", ".join(lost)}): a gain from the place of the opacities is not shown'
