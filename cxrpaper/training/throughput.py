@@ -7,7 +7,7 @@ __all__ = ['THROUGHPUT', 'NOTEBOOK_MB', 'NOT_MEASURED', 'NOT_COUNTED', 'kinds', 
            'trainings', 'Timing', 'made_up', 'learner', 'measure_training', 'predict_rate', 'seconds_beside',
            'job_seconds', 'provenance_of', 'measure_start', 'read_throughput', 'keep_throughput', 'as_text',
            'measure_study', 'published_images', 'image_counts', 'phantom_count', 'training_seconds', 'is_done',
-           'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text', 'totals', 'lines']
+           'frozen', 'by_throughput', 'by_runs', 'plan', 'disk_gb', 'plan_text', 'totals', 'lines']
 
 # %% ../../nbs/appendix/training/throughput.ipynb #d03d4d13
 import json
@@ -312,8 +312,10 @@ def phantom_count(config) -> int:  # settings of a phantom: the images that it w
 def training_seconds(
     kind: str, p, rate: dict, labelled: int, unlabelled: int
 ) -> float:  # rate: a row of the throughput table
-    "Seconds from the first epoch to the last prediction."
+    "Seconds from the first epoch to the last prediction. With a logistic head: one pass of the encoder, without the regression, which takes seconds of the CPU."
     seen, fold = rate['predict_images_per_s'], labelled / p.n_folds
+    if getattr(p, 'head', None) == 'logistic':
+        return labelled / seen
     if kind == 'finetune':
         return (
             p.epochs * (fold * (p.n_folds - 2) / rate['images_per_s'] + fold / seen + rate['epoch_end_s'])
@@ -335,6 +337,11 @@ def is_done(run, kind, p, digests) -> bool:  # digests: kind -> code digest
     )
 
 # %% ../../nbs/appendix/training/throughput.ipynb #8ef331c6
+def frozen(key: tuple) -> tuple:  # from `cost_key`
+    "What a logistic head costs is told by the frozen encoder with a trained one, too: what predicts is the same."
+    return tuple('trained' if k == 'head' and v == 'logistic' else v for k, v in zip(('kind', *columns()), key))
+
+
 def by_throughput(
     rows: pd.DataFrame,  # of one device
     labelled: int,
@@ -347,7 +354,7 @@ def by_throughput(
     }
 
     def estimate(kind, p, key):
-        r = rates.get(tuple(map(as_text, key)))
+        r = rates.get(tuple(map(as_text, key))) or rates.get(tuple(map(as_text, frozen(key))))
         if not r or not r['images_per_s'] > 0 or not labelled or not (unlabelled or kind == 'finetune'):
             return None
         return dict(
