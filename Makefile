@@ -33,14 +33,16 @@ export UV_HTTP_TIMEOUT := 300
 unexport PYTHONDONTWRITEBYTECODE
 
 PARTS ?= 1
+MIRROR ?=
 .PHONY: help data paper plan measure verify reproduce crate test test-quick lab book site readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 # a corpus elsewhere stands in the place of the study's own: its data_root, such as data/open, is a link to it
 DATA ?=
-ROOT = $(shell sed -n 's/^data_root: *\([^ \#]*\).*/\1/p' config/$(PROFILE).yaml)
+ROOT = $(shell sed -n 's/^data_root: *\([^ \#]*\).*/\1/p' config/$(PROFILE).yaml 2>/dev/null)
 define link
+	@[ -f config/$(PROFILE).yaml ] || { echo "PROFILE=$(PROFILE): no config/$(PROFILE).yaml; there are $$(cd config && grep -l '^profile:' *.yaml | sed 's/\.yaml//' | xargs)" >&2; exit 1; }
 	@[ ! "$(DATA)" ] || { [ -d "$(DATA)" ] || { echo "DATA=$(DATA): no such folder" >&2; exit 1; }; [[ "$(ROOT)" == data/* ]] || { echo "DATA: config/$(PROFILE).yaml has no data_root below data/ that could be a link to it" >&2; exit 1; }; mkdir -p $$(dirname $(ROOT)); [ ! -e $(ROOT) ] || [ -L $(ROOT) ] || { echo "$(ROOT) is there already: remove it, or leave out DATA" >&2; exit 1; }; ln -sfn "$$(cd "$(DATA)" && pwd)" $(ROOT); }
 endef
 
@@ -49,8 +51,9 @@ paper: .venv/installed ## every table and figure, from DICOM files to figures/ (
 	@$(SNAKEMAKE) || { [ $$? != 75 ] || echo "another make paper is running in this folder" >&2; exit 1; }
 	@echo "done: runs/$(PROFILE)/results.ipynb shows every table and figure; the files are in $$(sed -n 's/^figures: *\([^ #]*\).*/\1/p' config/$(PROFILE).yaml)/"
 
-data: .venv/installed ## the open corpus, without an account: PARTS of NIH's twelve archives (2 GB the first, 45 GB all) and the RSNA's reads, into data/open
-	@$(BIN)/papermill --log-level WARNING nbs/appendix/data/fetch.ipynb data/fetch.ipynb -p parts $(PARTS) -p download True
+data: .venv/installed ## the open corpus, without an account: PARTS of NIH's twelve archives (2 GB the first, 45 GB all) and the RSNA's reads, into data/open (MIRROR= an address or a folder that holds the same files)
+	@mkdir -p data
+	@$(BIN)/papermill --log-level WARNING nbs/appendix/data/fetch.ipynb data/fetch.ipynb -p parts $(PARTS) -p download True $(if $(MIRROR),-p mirror "$(MIRROR)")
 
 plan: .venv/installed ## what `make paper` would take now: trainings, what is done, time, GPU hours, disk, and the jobs
 	@$(BIN)/cxr_plan config/$(PROFILE).yaml --gpus $(GPUS)

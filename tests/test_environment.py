@@ -118,6 +118,29 @@ def test_every_import_of_the_package_is_a_direct_requirement():
             )
 
 
+def recipe(*options):  # of make
+    return subprocess.run(['make', '--dry-run', *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_corpus_is_fetched_where_nothing_was_made_before():
+    first, fetch = recipe('data', 'PARTS=2', 'MIRROR=/some where/nih').splitlines()[-2:]
+    assert first == 'mkdir -p data' and 'fetch.ipynb data/fetch.ipynb' in fetch  # papermill makes no folder
+    assert '-p parts 2 ' in fetch and fetch.endswith('-p mirror "/some where/nih"')
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (['PROFILE=nope'], 'PROFILE=nope: no config/nope.yaml; there are location'),
+        (['PROFILE=open', 'DATA=/no/such'], 'DATA=/no/such: no such folder'),
+        (['PROFILE=smoke', 'DATA=/'], 'config/smoke.yaml has no data_root below data/'),
+    ],
+)
+def test_make_paper_says_what_is_wrong_with_its_options(options, said):
+    r = subprocess.run(['make', 'paper', *options], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode and said in r.stderr and 'Traceback' not in r.stderr
+
+
 @pytest.mark.parametrize('command', ['nbdev_docs', 'nbdev_preview', 'nbdev_readme'])
 def test_commands_that_would_install_over_the_lock_say_what_they_need(command, tmp_path):
     path = os.environ['PATH'].split(os.pathsep)
