@@ -116,8 +116,8 @@ lock: $(UV) ## requirements.lock from settings.ini: exact pins with hashes, for 
 bench: .venv/installed ## what is fast, against what: figures/benchmarks/benchmarks.md (ten minutes alone on two cores; MORE="steps moco" measures those only)
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python tests/benchmark.py $(MORE)
 
-clean: ## remove runs, data made here and caches (not .venv, not figures)
-	rm -rf runs data _docs .snakemake .pytest_cache nbs/.ipynb_checkpoints
+clean: ## remove runs, phantoms, decoded stores and caches (not .venv, not figures, no corpus and no weights that were fetched)
+	rm -rf runs data/phantom data/stores _docs .snakemake .pytest_cache nbs/.ipynb_checkpoints
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
 
 $(UV):

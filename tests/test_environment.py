@@ -128,6 +128,17 @@ def test_the_corpus_is_fetched_where_nothing_was_made_before():
     assert '-p parts 2 ' in fetch and fetch.endswith('-p mirror "/some where/nih"')
 
 
+def test_clean_removes_nothing_that_was_fetched_or_given(tmp_path):
+    made = ('runs/x', 'data/phantom/x', 'data/stores/x')
+    kept = ('data/open/images/x.png', 'data/weights/x.safetensors', 'data/pseudonyms.key', 'figures/x.csv')
+    for f in (*made, *kept):
+        (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f).touch()
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+    subprocess.run(['make', 'clean'], cwd=tmp_path, capture_output=True, check=True)
+    assert [f for f in (*made, *kept) if (tmp_path / f).exists()] == [*kept]
+
+
 @pytest.mark.parametrize(
     'options, said',
     [
