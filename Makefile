@@ -137,5 +137,6 @@ $(UV):
 	@$(UV) pip sync --python .venv --require-hashes requirements.lock
 	@echo "environment 4/4: cxrpaper itself, editable"
 	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@mkdir -p .venv/etc/ipython && echo 'c.IPKernelApp.log_level = 40  # else each kernel warns that it listens on this machine without encryption' > .venv/etc/ipython/ipython_kernel_config.py
 	@for c in nbdev_docs nbdev_preview nbdev_readme; do cp tests/needs_quarto.sh $(BIN)/$$c; done
 	@touch $@
