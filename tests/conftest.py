@@ -49,11 +49,13 @@ def pytest_configure(config):
     )
 
 
-# files whose tests take more than half a minute together, most of it in notebooks and trainings
-LONG = 'baselines difficulty environment finetune fuzz lab parameters phantom pretraining privacy robustness slurm store study'
+# files whose tests take more than half a minute together, most of it in notebooks and trainings; the longest first, so that two workers end together
+LONG = 'study finetune parameters pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm'.split()
 
 
 def pytest_collection_modifyitems(items):
+    place = {f'test_{k}': i for i, k in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     for item in items:
-        if item.path.stem.removeprefix('test_') in LONG.split():
+        if item.path.stem in place:
             item.add_marker('long')
