@@ -1,12 +1,14 @@
 import os
 import sys
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+HERE = Path(__file__).resolve().parent
 os.environ.setdefault('MPLBACKEND', 'agg')
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(HERE))
 
 
 def pytest_addoption(parser):
@@ -59,3 +61,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in place:
             item.add_marker('long')
+
+
+@pytest.fixture(scope='session')
+def fork():
+    "Starts a function in a copy of one process that has imported what trains: who kills a training does not wait for PyTorch each time."
+    copies = get_context('forkserver')
+    copies.set_forkserver_preload([f'cxrpaper.training.{k}' for k in ('finetune', 'moco', 'inpainting')])
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('PYTHONPATH', os.pathsep.join([str(HERE.parent), str(HERE)]))
+        forkserver.ensure_running()
+
+    def start(f, *args):
+        p = copies.Process(target=f, args=args)
+        p.start()
+        return p
+
+    return start
