@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from multiprocessing import forkserver, get_context
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-HERE = Path(__file__).resolve().parent
+HERE, BIN = Path(__file__).resolve().parent, Path(sys.executable).parent
 os.environ.setdefault('MPLBACKEND', 'agg')
 sys.path.insert(0, str(HERE))
 
@@ -61,6 +62,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in place:
             item.add_marker('long')
+
+
+@pytest.fixture(scope='session')
+def warm():
+    "An environment in which `cxr_papermill` is a copy of one process that has imported PyTorch and the rest, as a job of `make paper` is."
+    from cxrpaper.runs import KERNELS
+    from cxrpaper.warm import SOCKET
+
+    env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | KERNELS
+    env |= {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')} | dict(PATH=f"{BIN}:{os.environ['PATH']}")
+    command = [*([BIN / 'cxr_warm'] if sys.platform == 'linux' else []), 'sh', '-c', f'echo "${SOCKET}"; exec cat']
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        yield env | {SOCKET: p.stdout.readline().strip()}
+        p.stdin.close()  # cat ends, and with it the process
 
 
 @pytest.fixture(scope='session')
