@@ -1,12 +1,15 @@
 import os
+import subprocess
 import sys
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+HERE, BIN = Path(__file__).resolve().parent, Path(sys.executable).parent
 os.environ.setdefault('MPLBACKEND', 'agg')
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(HERE))
 
 
 def pytest_addoption(parser):
@@ -49,11 +52,44 @@ def pytest_configure(config):
     )
 
 
-# files whose tests take more than half a minute together, most of it in notebooks and trainings
-LONG = 'baselines difficulty environment finetune fuzz lab parameters phantom pretraining privacy robustness slurm store study'
+# files whose tests take more than half a minute together, most of it in notebooks and trainings; the longest first, so that two workers end together
+LONG = 'study finetune parameters pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm'.split()
 
 
 def pytest_collection_modifyitems(items):
+    place = {f'test_{k}': i for i, k in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     for item in items:
-        if item.path.stem.removeprefix('test_') in LONG.split():
+        if item.path.stem in place:
             item.add_marker('long')
+
+
+@pytest.fixture(scope='session')
+def warm():
+    "An environment in which `cxr_papermill` is a copy of one process that has imported PyTorch and the rest, as a job of `make paper` is."
+    from cxrpaper.runs import KERNELS
+    from cxrpaper.warm import SOCKET
+
+    env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | KERNELS
+    env |= {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')} | dict(PATH=f"{BIN}:{os.environ['PATH']}")
+    command = [*([BIN / 'cxr_warm'] if sys.platform == 'linux' else []), 'sh', '-c', f'echo "${SOCKET}"; exec cat']
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        yield env | {SOCKET: p.stdout.readline().strip()}
+        p.stdin.close()  # cat ends, and with it the process
+
+
+@pytest.fixture(scope='session')
+def fork():
+    "Starts a function in a copy of one process that has imported what trains: who kills a training does not wait for PyTorch each time."
+    copies = get_context('forkserver')
+    copies.set_forkserver_preload([f'cxrpaper.training.{k}' for k in ('finetune', 'moco', 'inpainting')])
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('PYTHONPATH', os.pathsep.join([str(HERE.parent), str(HERE)]))
+        forkserver.ensure_running()
+
+    def start(f, *args):
+        p = copies.Process(target=f, args=args)
+        p.start()
+        return p
+
+    return start

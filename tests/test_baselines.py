@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -251,28 +250,13 @@ def test_bad_input_is_named():
 
 
 # ---------------------------------------------------------------- the notebook
-def test_papermill_writes_four_runs_and_keeps_them(tmp_path):
+def test_papermill_writes_four_runs_and_keeps_them(warm, tmp_path):
     nb = project_root() / 'nbs' / 'appendix' / 'evaluation' / 'baselines.ipynb'
 
     def mill(*p):
-        return subprocess.run(
-            [
-                sys.executable,
-                '-m',
-                'papermill',
-                '--engine',
-                'cxr-job',
-                str(nb),
-                str(tmp_path / 'out.ipynb'),
-                '-p',
-                'out',
-                str(tmp_path / 'baselines'),
-                *p,
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        command = ['cxr_papermill', '--engine', 'cxr-job', str(nb), str(tmp_path / 'out.ipynb')]
+        given = ['-p', 'out', str(tmp_path / 'baselines'), *p]
+        return subprocess.run([*command, *given], cwd=tmp_path, env=warm, capture_output=True, text=True)
 
     bad = mill('-p', 'n_fold', '4')
     assert bad.returncode and 'unknown parameter n_fold' in bad.stderr and not (tmp_path / 'baselines').exists()

@@ -16,6 +16,8 @@ from papermill.parameterize import parameterize_notebook
 from test_contract import NBS
 from test_contract import RUNNABLE as PAGES
 
+from cxrpaper.data.phantom import PhantomConfig, write_phantom
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RUNNABLE = [f.relative_to(NBS).as_posix() for f in PAGES]
@@ -71,10 +73,9 @@ def test_finetune_refuses(given, what, capsys):
     assert what in str(check_cells('04_finetune.ipynb', given))
 
 
-def papermill(*args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):
-    return subprocess.run(
-        [BIN / 'papermill', '--no-progress-bar', ROOT / nb, out, *args], cwd=cwd, capture_output=True, text=True
-    )
+def papermill(env, *args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):
+    command = [BIN / 'cxr_papermill', '--no-progress-bar', ROOT / nb, out, *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -82,25 +83,25 @@ def papermill(*args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):
     [(['-p', 'pretrian', 'moco'], 'unknown parameter pretrian'), (['-y', 'lr: 1e-3'], 'as 1.0e-3')],
     ids=['misspelt', 'yaml'],
 )
-def test_on_the_command_line(args, what, tmp_path):
+def test_on_the_command_line(args, what, warm, tmp_path):
     "As a user types it: exit status not 0, the hint in the message, and no run left behind."
     before = set((ROOT / 'runs').rglob('params.json'))
-    r = papermill(*args, out=tmp_path / 'out.ipynb')
+    r = papermill(warm, *args, out=tmp_path / 'out.ipynb')
     assert r.returncode != 0 and what in r.stderr
     assert set((ROOT / 'runs').rglob('params.json')) == before
 
 
-def finetuned(pretrain, arch, out, *more):
+def finetuned(env, pretrain, arch, out, *more):
     given = dict(pretrain=pretrain, arch=arch, px='64', epochs='1')
-    return papermill(*(w for k, v in given.items() for w in ('-p', k, v)), *more, out=out)
+    return papermill(env, *(w for k, v in given.items() for w in ('-p', k, v)), *more, out=out)
 
 
 @pytest.mark.parametrize('pretrain', ['moco', 'inpainting'])
-def test_a_missing_pretraining_is_an_error_where_that_is_asked_for(pretrain, tmp_path):
-    r = finetuned(pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'none')
+def test_a_missing_pretraining_is_an_error_where_that_is_asked_for(pretrain, warm, tmp_path):
+    r = finetuned(warm, pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'none')
     assert r.returncode != 0 and f'there is no {pretrain} run with resnet14t' in r.stderr
     assert f'papermill nbs/03_{pretrain}.ipynb out.ipynb -p profile smoke -p arch resnet14t' in r.stderr
-    r = finetuned(pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'runs/nowhere')
+    r = finetuned(warm, pretrain, 'resnet14t', tmp_path / 'out.ipynb', '-p', 'weights', 'runs/nowhere')
     assert r.returncode != 0 and 'runs/nowhere' in r.stderr
 
 
@@ -110,11 +111,12 @@ def test_a_missing_pretraining_runs_first_and_is_kept(tmp_path):
     for name in ('nbs', 'cxrpaper', 'config'):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
     shutil.copy(ROOT / 'settings.ini', root)
+    write_phantom(PhantomConfig(n_patients=120, px=96, seed=3), root / 'films')  # MoCo's queue takes 128 of them
     command = [BIN / 'papermill', '--no-progress-bar', 'nbs/04_finetune.ipynb', 'out.ipynb', '-p', 'pretrain', 'moco']
     said = []
     for _ in range(2):
         r = subprocess.run(
-            [*command, '-p', 'px', '64', '-p', 'epochs', '1'],
+            [*command, '-p', 'data_root', 'films', '-p', 'px', '64', '-p', 'epochs', '1'],
             cwd=root,
             env=os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
             capture_output=True,
@@ -127,7 +129,7 @@ def test_a_missing_pretraining_runs_first_and_is_kept(tmp_path):
     assert len(list((root / 'runs/smoke/moco').glob('*/provenance.json'))) == 1
 
 
-def test_the_same_from_anywhere(tmp_path):
+def test_the_same_from_anywhere(warm, tmp_path):
     "One small run from the root, from nbs/ and from elsewhere: the same predictions."
     args = [
         '-p',
@@ -149,7 +151,7 @@ def test_the_same_from_anywhere(tmp_path):
     seen, name = [], uuid.uuid4().hex[:8]
     for i, cwd in enumerate((ROOT, ROOT / 'nbs', tmp_path)):
         run = f'runs/test/anywhere-{name}-{i}'
-        r = papermill(*args, '-p', 'run', run, cwd=cwd, out=tmp_path / f'{i}.ipynb')
+        r = papermill(warm, *args, '-p', 'run', run, cwd=cwd, out=tmp_path / f'{i}.ipynb')
         assert r.returncode == 0, r.stderr[-3000:]
         seen.append((ROOT / run / 'predictions.csv').read_bytes())
         assert json.loads((ROOT / run / 'provenance.json').read_text())['params']['epochs'] == 1

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -80,14 +79,12 @@ def tree(tmp_path_factory):
     return planted(tmp_path_factory.mktemp('hospital'))
 
 
-def test_nothing_planted_is_in_what_a_training_leaves(tree, tmp_path):
+def test_nothing_planted_is_in_what_a_training_leaves(tree, warm, tmp_path):
     def papermill(page, *params):
         out = tmp_path / 'out' / f'{len(list(tmp_path.rglob("*.ipynb")))}.ipynb'
         out.parent.mkdir(exist_ok=True)
         command = [
-            sys.executable,
-            '-m',
-            'papermill',
+            'cxr_papermill',
             '--no-progress-bar',
             f'nbs/{page}.ipynb',
             str(out),
@@ -95,7 +92,7 @@ def test_nothing_planted_is_in_what_a_training_leaves(tree, tmp_path):
             'data_root',
             'data/planted',
         ]
-        done = subprocess.run([*command, *params], cwd=project_root(), capture_output=True, text=True)
+        done = subprocess.run([*command, *params], cwd=project_root(), env=warm, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
     link = project_root() / 'data' / 'planted'
