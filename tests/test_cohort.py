@@ -304,18 +304,36 @@ def test_audit_fires_on_a_planted_copy(radiographs):
     assert same_fold.leaked['copy'] == 0, 'a copy within one fold leaks nothing'
 
 
-def test_near_duplicates_equals_brute_force():
-    r = np.random.default_rng(0)
+def packed(bits):  # (n, 784) bool -> (n, 13) uint64
+    return np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 64))), axis=1).view(np.uint64)
+
+
+@pytest.mark.parametrize('most', [0, 1, 60, DUPLICATE_DISTANCE, 300, 351, 352, 353, 380])
+def test_near_duplicates_equals_brute_force(most):
+    "Copies and negatives one bit below, at and one above the limit, wherever the bits lie and however the images fall into blocks."
+    r = np.random.default_rng(most)
     bits = r.integers(0, 2, (300, HASH_SIZE**2)).astype(bool)
-    bits[200] = bits[5]
-    bits[201] = bits[6] ^ (r.random(bits.shape[1]) < 0.2)
-    bits[202] = ~bits[7]
-    pack = lambda b: np.packbits(np.pad(b, (0, -len(b) % 64))).view(np.uint64)
-    found = near_duplicates(np.stack([pack(b) for b in bits]))
+    planted = {}
+    for k, (distance, where, negative) in enumerate(
+        (d, w, n) for d in (most - 1, most, most + 1) if d >= 0 for w in ('first', 'last', 'any') for n in (False, True)
+    ):
+        places = np.arange(HASH_SIZE**2)
+        places = dict(first=places, last=places[::-1], any=r.permutation(places))[where][:distance]
+        bits[200 + k] = bits[k] ^ negative
+        bits[200 + k, places] ^= True
+        planted[k, 200 + k] = distance
     d = (bits[:, None] != bits[None]).sum(-1)
     d = np.minimum(d, bits.shape[1] - d)
-    want = {(i, j, int(d[i, j])) for i in range(300) for j in range(i + 1, 300) if d[i, j] <= DUPLICATE_DISTANCE}
-    assert set(map(tuple, found.values.tolist())) == want and {(5, 200), (6, 201), (7, 202)} == {w[:2] for w in want}
+    want = [(i, j, int(d[i, j])) for i in range(300) for j in range(i + 1, 300) if d[i, j] <= most]
+    assert {w[:2] for w in want} >= {ij for ij, distance in planted.items() if distance <= most}
+    for block in (7, 100, 299, 2048):
+        found = near_duplicates(packed(bits), most, block)
+        assert list(map(tuple, found.values.tolist())) == want
+    assert (
+        found.dtypes.eq(int).all()
+        and near_duplicates(packed(bits[:1])).empty
+        and near_duplicates(packed(bits[:0])).empty
+    )
 
 
 def test_phantom_with_a_planted_leak(tmp_path):

@@ -83,18 +83,26 @@ def hash_distances(
 
 # %% ../../nbs/appendix/data/folds.ipynb #a42f5aa7
 def near_duplicates(
-    hashes: np.ndarray,  # (n, words) uint64
+    hashes: np.ndarray,  # (n, 13) uint64
     max_distance: int = DUPLICATE_DISTANCE,  # bits
+    block: int = 2048,  # images a side of what is compared at a time: bounds the memory, changes nothing else
 ) -> pd.DataFrame:  # columns a, b (positions, a < b), distance
     "All pairs of images whose hashes differ by at most `max_distance` bits."
-    found, n = [], len(hashes)
-    step = max(1, 2**22 // max(n, 1))
-    for i in range(0, n, step):
-        d = hash_distances(hashes[i : i + step], hashes[i:])
-        a, b = np.nonzero(d <= max_distance)
-        new = b > a
-        found.append(np.stack([a[new] + i, b[new] + i, d[a[new], b[new]]], 1))
-    return pd.DataFrame(np.concatenate(found) if found else np.empty((0, 3), int), columns=['a', 'b', 'distance'])
+    n_signs = min(HASH_SIZE**2, 2 * max_distance + 80)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1)[:, HASH_SIZE**2 - n_signs : HASH_SIZE**2]
+    signs, found = 2 * bits.view(np.int8) - 1, [np.empty((0, 3), int)]
+    for i in range(0, len(hashes), block):
+        rows = signs[i : i + block].astype(np.float32)
+        for j in range(i, len(hashes), block):
+            product = rows @ signs[j : j + block].astype(np.float32).T
+            likely = np.flatnonzero(np.abs(product, out=product) >= n_signs - 2 * max_distance)
+            a, b = np.add(np.unravel_index(likely, product.shape), [[i], [j]])
+            a, b = a[a < b], b[a < b]
+            d = np.bitwise_count(hashes[a] ^ hashes[b]).sum(1, dtype=int)
+            d = np.minimum(d, HASH_SIZE**2 - d)
+            found.append(np.stack([a, b, d], 1)[d <= max_distance])
+    pairs = pd.DataFrame(np.concatenate(found), columns=['a', 'b', 'distance'])
+    return pairs.sort_values(['a', 'b'], ignore_index=True)
 
 # %% ../../nbs/appendix/data/folds.ipynb #fdb4b8b5
 def duplicate_distance(
