@@ -196,7 +196,10 @@ def built(tmp_path_factory):
 def test_sphinx_makes_of_a_page_what_is_wanted(built):
     assert check.faults(*built) == []
     text = (built[0] / 'nbs' / 'index.html').read_text()
-    assert text.count('Show code') > 3 and 'lab/tree/nbs/index.ipynb' in text and 'mybinder.org' in text
+    assert text.count('Show code') > 3 and 'http://localhost:8888/lab/tree/nbs/index.ipynb' in text
+    assert 'https://mybinder.org/v2/gh/cxrpaper/cxrpaper/main?urlpath=lab/tree/nbs/index.ipynb' in text
+    assert 'https://colab.research.google.com/github/cxrpaper/cxrpaper/blob/main/nbs/index.ipynb' in text
+    assert 'begin with the three lines' in text
     assert (built[0] / '_static' / 'tex-svg-full.js').stat().st_size > 2_000_000
 
 

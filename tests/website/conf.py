@@ -74,6 +74,9 @@ def about_page(app, pagename, templatename, context, doctree):
         if group.get('label') == 'launch-buttons':
             url = f'http://localhost:8888/lab/tree/{pagename}.ipynb'
             button = dict(type='link', text='JupyterLab', tooltip='After make lab, on this computer', url=url)
+            for other in group['buttons']:
+                if other['text'] == 'Colab':  # which opens the page without the project
+                    other['tooltip'] = 'Open in Colab: begin with the three lines that the page Running it gives'
             group['buttons'].insert(0, button | dict(icon='fas fa-laptop'))
 
 
