@@ -10,6 +10,7 @@ import ast
 import base64
 import html
 import io
+from itertools import count
 
 # %% ../nbs/appendix/machine/jobs.ipynb #76c94291
 def is_demo(source: str) -> bool:  # of a code cell
@@ -66,10 +67,14 @@ def png_tag(fig, alt: str, **how) -> str:  # of matplotlib; how: of savefig
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def as_html(o) -> str:  # a matplotlib figure, a pandas table, or anything that is text
-    "What an output cell would show of it."
+def as_html(
+    o, k: int = 1
+) -> str:  # a matplotlib figure, a pandas table, or anything that is text; its place in the head
+    "What an output cell would show of it; the alternative text of a figure is its label, which is its caption on a page."
     if hasattr(o, 'savefig'):
-        return png_tag(o, o.get_suptitle() or 'the result', dpi=100)
+        return png_tag(
+            o, o.get_label() or o.get_suptitle() or f'figure without a caption, part {k} of the result', dpi=100
+        )
     return o._repr_html_() if hasattr(o, '_repr_html_') else f'<p>{html.escape(str(o))}</p>'
 
 # %% ../nbs/appendix/machine/jobs.ipynb #5a80d3f2
@@ -98,5 +103,7 @@ class Report:
         rows = ''.join(row(k, v, was) for k, (was, v) in self.asked.items())
         head = '<thead><tr><th>parameter</th><th>here</th><th>default</th></tr></thead>'
         said = f'<table>{head}<tbody>{rows}</tbody></table>' if rows else '<p>All parameters are those of the page.</p>'
-        came = ''.join(map(as_html, self.result)) or '<p>Not there yet, or the page has failed: see below.</p>'
+        came = (
+            ''.join(map(as_html, self.result, count(1))) or '<p>Not there yet, or the page has failed: see below.</p>'
+        )
         return f'<p><b>Asked for</b></p>{said}<p><b>What came out</b></p>{came}'

@@ -110,6 +110,23 @@ def test_alternative_texts_reach_the_page():
     assert len(alts) == 2 and all(escape(a) in html for a in alts)
 
 
+def test_a_head_tells_each_picture_by_its_caption(monkeypatch):
+    "What `show_figure` says below a figure is its alternative text at the head of an executed page too."
+    import matplotlib.pyplot as plt
+
+    from cxrpaper.jobs import Report
+    from cxrpaper.paper import contents
+
+    monkeypatch.setattr(contents, 'display', lambda *what, **how: None)
+    said, report = ['Left: loss by epoch & AUC.', 'Masks of 4 radiographs.'], Report({}, print)
+    report.asked = {}
+    figures = [plt.figure(figsize=(1, 1)) for _ in said]
+    for fig, says in zip(figures, said):
+        contents.show_figure(fig, says)
+    report.came_out('text', *figures)
+    assert re.findall(r'<img alt="([^"]*)"', report._repr_html_()) == [escape(s) for s in said]
+
+
 def test_no_widget_is_stored():
     "It would be an empty box, and its state could hold what was sent to it."
     for page in PAGES:

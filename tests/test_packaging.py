@@ -66,7 +66,7 @@ def test_the_wheel_says_what_it_is(core):
     *_, about, wheel = core
     assert about['License'] == 'Apache-2.0' and about.get_all('License-File') == ['LICENSE']
     assert 'Development Status :: 3 - Alpha' in about.get_all('Classifier')
-    assert set(about.get_all('Provides-Extra')) >= {'train', 'lab', 'slurm', 'onnx', 'crate', 'all', 'dev'}
+    assert set(about.get_all('Provides-Extra')) >= {'train', 'lab', 'slurm', 'onnx', 'crate', 'log', 'all', 'dev'}
     extras = {
         e: {r.split(';')[0] for r in about.get_all('Requires-Dist') if f'extra == "{e}"' in r}
         for e in about.get_all('Provides-Extra')

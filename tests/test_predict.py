@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 
@@ -17,24 +18,30 @@ from cxrpaper.runs import InputError, Run, as_parameters, file_digest
 from cxrpaper.schema import CLASSES, LOGITS
 from cxrpaper.study import notebook_defaults
 from cxrpaper.training.finetune import PROFILES, finetune, load_model
+from cxrpaper.training.finetune import predict as forward
+from cxrpaper.training.loop import Batches
 
 PLANTED = ('Doe^Planted', 'ID-PLANTED-77', 'Planted Hospital', 'ACC-PLANTED')
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    "A multi-task run of one epoch on the phantom, the rows that it has not seen, and its store."
-    small = dict(
-        arch='resnet10t', px=64, epochs=1, precision='float32', pretrain='none', multitask=True, decoder_width=16
-    )
-    p = as_parameters(notebook_defaults('finetune') | PROFILES['smoke'] | small)
+SMALL = dict(arch='resnet10t', px=64, epochs=1, precision='float32', pretrain='none')
+
+
+def train(folder, **small):
+    "A run of one epoch on the phantom, its cohort, its store, and the rows that it has not seen."
+    p = as_parameters(notebook_defaults('finetune') | PROFILES['smoke'] | SMALL | small)
     cohort = read_cohort(phantom('smoke'))
     store = build_store(cohort, p.px, workers=0)
     folds = assign_folds(cohort.images, n_folds=p.n_folds, seed=p.fold_seed)
     settings = {k: v for k, v in vars(p).items() if k not in ('run', 'workers', 'data_root')}
-    run = Run(tmp_path_factory.mktemp('run') / 'run', settings, dict(cohort=cohort.digest), code='training.finetune')
+    run = Run(folder, settings, dict(cohort=cohort.digest), code='training.finetune')
     finetune(run, cohort, store, folds, p)
     return run.path, cohort, store, np.flatnonzero(folds == 0)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp('run') / 'run', multitask=True, decoder_width=16)
 
 
 def test_nothing_of_a_header_is_in_the_sheet(trained, tmp_path, capsys):
@@ -69,28 +76,42 @@ def test_a_bad_file_is_named_and_the_last_report_stays(trained, tmp_path):
     assert (tmp_path / 'out' / 'report.json').read_bytes() == before
 
 
+def predicted(r, run, ids):  # what the run's own predictions say of test images, scaled: (n,4) probabilities
+    df = pd.read_csv(run / 'predictions.csv', dtype=dict(image=str)).set_index('image')
+    z = r.scaling(df.loc[ids])[LOGITS].to_numpy()
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
 def test_what_it_says_is_what_the_run_predicted(trained):
     "The same radiographs by this door and by the training's own predictions; noise and a photograph's gradient are unlike."
-    import pandas as pd
-
     run, cohort, store, unseen = trained
     r = load_reading(run)
     images = np.stack([store.images[i] for i in unseen[:6]])
     cases = read_images(r, images)
-    df = pd.read_csv(run / 'predictions.csv', dtype=dict(image=str)).set_index('image')
-    z = r.scaling(df.loc[cohort.images.image[unseen[:6]]])[[f'logit_{k}' for k in range(4)]].to_numpy()
-    p = np.exp(z - z.max(1, keepdims=True))
-    assert np.allclose([c['p'] for c in cases], p / p.sum(1, keepdims=True), atol=1e-4)
+    assert np.allclose([c['p'] for c in cases], predicted(r, run, cohort.images.image[unseen[:6]]), atol=1e-4)
     assert all(c['mask'].shape == (64, 64) and c['cam'].shape == (64, 64) for c in cases)
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64), dtype=np.uint8)
     slope = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (1, 64, 64))
     assert all(c['unlike'] for c in read_images(r, np.concatenate([noise, slope])))
 
 
+def test_a_run_with_one_sigmoid_a_class_says_what_it_predicted(tmp_path):
+    "`loss: bce`: by the command, of a file, the probabilities that its stored test predictions give; a softmax of its plain logits would be others."
+    run, cohort, store, unseen = train(tmp_path / 'run', loss='bce')
+    file = cohort.root / cohort.images.path[unseen[0]]
+    predict([str(file), '--run', str(run), '--out', str(tmp_path / 'out')])
+    (found,) = json.loads((tmp_path / 'out' / 'report.json').read_text())['radiographs']
+    said, r = [found['probabilities'][c] for c in CLASSES], load_reading(run)
+    assert np.allclose(said, predicted(r, run, cohort.images.image[unseen[:1]])[0], atol=1e-4)
+    plain = forward(r.model, Batches(store.images, unseen[:1], np.full(len(store.images), -1), 1))
+    z = r.scaling(pd.DataFrame(plain, columns=LOGITS))[LOGITS].to_numpy()[0]
+    assert not np.allclose(said, np.exp(z) / np.exp(z).sum(), atol=1e-3)
+
+
 def test_the_onnx_file_is_the_same_model(trained, tmp_path):
     "In ONNX Runtime: the run's own predictions, for any number of images; weights that changed since are another model."
     import onnx as onnx_library
-    import pandas as pd
     import torch
 
     run, cohort, store, unseen = trained

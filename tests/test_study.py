@@ -212,6 +212,7 @@ def reads_as_a_report(nb):  # the first output says what was asked for, what cam
     said = (
         all(w in head for w in ('Asked for', 'What came out', '</table>', 'data:image/png'))
         and 'Not there yet' not in head
+        and all(len(alt.split()) > 10 for alt in re.findall(r'<img alt="([^"]*)"', head))  # captions
     )
     return said and all(c.metadata.get('jupyter', {}).get('source_hidden') for c in code)
 

@@ -57,6 +57,7 @@ def show_figure(
     says: str,  # what there is to see, for those who do not see it too
 ):
     "Display a figure, and below it what it shows; the same text is its alternative text where a viewer reads that (nbviewer)."
+    fig.set_label(says)
     display(fig, metadata={'image/png': dict(alt=says)})
     display(Markdown(f'*{says}*'))
     plt.close(fig)

@@ -28,7 +28,7 @@ from ..questions.decisions import conformal_sets
 from ..questions.saliency import grad_cam
 from ..runs import InputError, atomic_dir, digest, load_run, show_path, write_json
 from ..schema import CLASSES, LOGITS
-from ..training.finetune import load_model, predict, split_rows
+from ..training.finetune import LOSSES, load_model, predict, split_rows
 from ..training.loop import Batches, evaluating
 from ..training.probes import nearest
 
@@ -111,7 +111,8 @@ def read_images(r: Reading, images) -> list:  # (n,px,px) uint8 -> a dictionary 
     "Probabilities, set, heat map, mask, nearest training images, and whether the image is one to ask about."
     masks = []
     batches = lambda: Batches(images, range(len(images)), np.full(len(images), -1), 16)
-    z = predict(r.model, batches(), on_masks=lambda rows, m: masks.append(m))
+    scores = LOSSES[r.params.loss]().scores  # as training took them
+    z = predict(r.model, batches(), scores, on_masks=lambda rows, m: masks.append(m))
     scaled = r.scaling(pd.DataFrame(z, columns=LOGITS))
     p, sets, cams = probabilities(scaled), set_of(r, scaled), grad_cam(r.model, batches(), 'predicted')
     means = map_means(r.model.encoder, images)
