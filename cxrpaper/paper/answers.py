@@ -176,7 +176,7 @@ def beside(e: Evidence, question: str) -> str:
     "What stands beside the answer to a question."
     if question == 'pretraining':
         return fewer_labels(e)
-    return shuffled(e) if e.expected == 'better' else '' if e.expected else masks_learnt(e)
+    return shuffled(e) if e.expected == 'better' else '' if e.expected or e.kind == 'recipe' else masks_learnt(e)
 
 # %% ../../nbs/appendix/paper/answers.ipynb #c11e0a03
 def judged(e: Evidence) -> str:  # '' where the study was not judged
