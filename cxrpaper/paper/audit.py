@@ -6,8 +6,8 @@
 __all__ = ['ATTRIBUTES', 'KNOWN', 'PREFIXES', 'LEAST', 'MOST', 'THRESHOLDS', 'COVERAGES', 'ENOUGH', 'QUESTIONS', 'ITEMS',
            'PICTURES', 'STYLE', 'HEADINGS', 'drawn_patients', 'Brought', 'class_columns', 'as_probabilities',
            'class_numbers', 'judged_runs', 'read_predictions', 'Ranked', 'ranked', 'cumulated', 'ranking', 'rankings',
-           'sampled_metrics', 'resampled', 'carrying', 'performance', 'cell', 'above', 'needs', 'guessing',
-           'each_class', 'leaks', 'attributes_of', 'metadata', 'sampled_macro_auc', 'difference', 'against',
+           'sampled_metrics', 'resampled', 'carrying', 'every_metric', 'performance', 'cell', 'above', 'needs',
+           'guessing', 'each_class', 'leaks', 'attributes_of', 'metadata', 'sampled_macro_auc', 'difference', 'against',
            'calibrated', 'reliability', 'net_benefits', 'useful', 'selective', 'enough', 'sampled_gaps', 'group_gaps',
            'subgroups', 'doubtful', 'confusions', 'ask', 'facts_of', 'checklist', 'picture_tag', 'picture_performance',
            'picture_decisions', 'draw_confusions', 'picture_subgroups', 'html_table', 'page_html', 'report_html',
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from ..data.cohort import read_rows, refuse
 from ..evaluation.metrics import Resampling, estimate, estimated_difference, holm, softmax
@@ -41,7 +42,7 @@ def drawn_patients(how: Resampling, n: int) -> list:  # (b,n) uint8 each: one by
     return [q.T.astype(np.uint8, order='C') for q in how.weights(n)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Brought:
     "Predictions of one model on the images that are judged, and whatever else was brought with them."
 
@@ -247,11 +248,17 @@ def carrying(b: Brought, name: str) -> int:  # patients
     return min(len(np.unique(b.unit[b.y == k])) for k in named)
 
 
+@lru_cache(maxsize=1)
+def every_metric(b: Brought, how: Resampling) -> tuple:  # values (S,), samples (S,B) by name
+    "`resampled` of every metric, kept for the comparisons."
+    return resampled(b, how, sampled_metrics)
+
+
 def performance(
     b: Brought, how: Resampling
 ) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, patients, runs
     "Every metric with its interval over patients and, of several, training runs."
-    values, samples = resampled(b, how, sampled_metrics)
+    values, samples = every_metric(b, how)
     size = dict(n=len(b.y), patients=b.unit.max() + 1, runs=len(b.p))
     rows = [dict(metric=k) | estimate(v.mean(), samples[k], v, carrying(b, k), how) | size for k, v in values.items()]
     t = pd.DataFrame(rows)
@@ -312,6 +319,7 @@ def leaks(b, how, tables):
     )
 
 # %% ../../nbs/appendix/paper/audit.ipynb #391a18ce
+@lru_cache(maxsize=1)
 def attributes_of(b: Brought) -> pd.DataFrame:  # one row per judged image
     "The attributes as groups: ages in bands, empty fields as unknown."
     t = pd.DataFrame({c: b.about[c].astype(str).str.strip() for c in ATTRIBUTES if c in b.about})
@@ -349,7 +357,8 @@ def sampled_macro_auc(b: Brought, p):  # (N,K) of one run -> a function: (b,P) -
 
 def difference(a: Brought, b: Brought, how: Resampling) -> pd.Series:
     "Macro AUC of A minus that of B on the same resampled patients (`estimated_difference`)."
-    pair = [tuple(v['macro AUC'] for v in resampled(m, how, sampled_macro_auc)) for m in (a, b)]
+    both = every_metric(a, how), resampled(b, how, sampled_macro_auc)
+    pair = [(values['macro AUC'], samples['macro AUC']) for values, samples in both]
     return pd.Series(dict(metric='macro AUC') | estimated_difference(*pair, carrying(a, 'macro AUC'), how))
 
 # %% ../../nbs/appendix/paper/audit.ipynb #96e12c52
@@ -423,11 +432,12 @@ COVERAGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def selective(b, how, tables):
     "With the least confident half referred to a reader, the error of the rest is lower, with its interval."
     p = b.p.mean(0)
-    wrong, order = p.argmax(1) != b.y, np.argsort(-p.max(1), kind='stable')
+    order = np.argsort(-p.max(1), kind='stable')
+    wrong, unit = (p.argmax(1) != b.y)[order], b.unit[order]
 
     def risks(q):  # (P,) -> (len(COVERAGES),)
-        w = q[b.unit[order]]
-        kept, bad = np.cumsum(w), np.cumsum(w * wrong[order])
+        w = q[unit]
+        kept, bad = np.cumsum(w), np.cumsum(w * wrong)
         at = np.searchsorted(kept, np.array(COVERAGES) * kept[-1]).clip(max=len(order) - 1)
         return bad[at] / kept[at]
 
@@ -541,6 +551,7 @@ QUESTIONS = {
 }
 
 # %% ../../nbs/appendix/paper/audit.ipynb #0f11e92d
+@threadpool_limits.wrap(limits=1)  # a short product would wait for other threads, and end in other digits
 def ask(b: Brought, how: Resampling, other: Brought = None, progress: bool = False) -> tuple:  # scorecard, tables
     "Every question that the columns allow: question, rule, answer, result; and the table behind each."
     tables, rows = dict(performance=performance(b, how)), []
