@@ -119,7 +119,9 @@ def test_every_import_of_the_package_is_a_direct_requirement():
 
 
 def recipe(*options):  # of make
-    return subprocess.run(['make', '--dry-run', *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ['make', '--dry-run', '--no-print-directory', *options], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_corpus_is_fetched_where_nothing_was_made_before():
