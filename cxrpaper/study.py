@@ -74,6 +74,7 @@ STUDY = dict(
     gpus=integer(0, 8),
     finetune=_keys,
     table2=_rows,
+    table2_than=_keys,  # the row of Table 2 that its others are compared with, or null
     table3=_rows,
     pretraining=_keys,
     table4=_rows,
@@ -189,7 +190,7 @@ def read_study(path) -> dict:  # its checked content
     path = resolve(path)
     if not path.exists():
         raise InputError('no such study file', file=show_path(path), hint='use config/smoke.yaml or config/study.yaml')
-    study = {m: {} for m in our_methods()} | load_yaml(path)
+    study = {m: {} for m in our_methods()} | dict(table2_than=None) | load_yaml(path)
     rules = STUDY | {m: _keys for m in our_methods()}  # parameters of their notebooks
     study = checked(study, rules, path)
     study |= {k: study[k] or {} for k in ('finetune', *our_methods())}
@@ -269,6 +270,8 @@ def check_tables(study, file):
     "InputError for tables that could not be made."
     bad = lambda problem, field, hint: InputError(problem, file=file, field=field, hint=hint)
     keys = lambda d: f'the keys are {", ".join(d)}'
+    if study['table2_than'] and study['table2_than'] not in study['table2']:
+        raise bad(f'{study["table2_than"]} is no row of table2', 'table2_than', 'give one of its rows, or null')
     if study['table3'] and study['table3'][0].get('multitask'):
         hint = 'begin with the single-task model that the others are compared with'
         raise bad('the first row is multi-task', 'table3', hint)

@@ -436,6 +436,8 @@ def _significant(pixels, ds, path):  # decoded (H,W) integers -> stored values o
     if bits >= 8 * pixels.dtype.itemsize:
         return pixels
     raw = pixels.view(f'u{pixels.dtype.itemsize}')
+    if not signed and raw.max() < 2**bits:
+        return pixels
     low = raw & raw.dtype.type(2**bits - 1)
     if signed:
         values = ((low ^ raw.dtype.type(2 ** (bits - 1))).astype(np.int32) - 2 ** (bits - 1)).astype(pixels.dtype)
@@ -658,13 +660,12 @@ def to_gray(
 # %% ../../nbs/appendix/data/dicom.ipynb #8ec67c5e
 def _by_level(pixels, f):  # (H,W) 8- or 16-bit integers, function of an array -> f(pixels)
     "`f` computed once for each gray level that occurs."
-    index = pixels.view(f'u{pixels.dtype.itemsize}')
-    seen = np.zeros(2 ** (8 * index.dtype.itemsize), bool)
-    seen[index] = True
-    levels = np.flatnonzero(seen).astype(index.dtype)
-    table = np.zeros(len(seen), np.float32)
+    index = np.ascontiguousarray(pixels).view(f'u{pixels.dtype.itemsize}')
+    n = 2 ** (8 * index.dtype.itemsize)
+    levels = np.flatnonzero(cv2.calcHist([index], [0], None, [n], [0, n])).astype(index.dtype)
+    table = np.zeros(n, np.float32)
     table[levels] = f(levels.view(pixels.dtype))
-    return table[index]
+    return cv2.LUT(index, table)
 
 
 def read_dicom(

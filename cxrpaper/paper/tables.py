@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'MASK_COLUMNS', 'MASK_BY_CLASS', 'needed_runs', 'missing_runs', 'Making', 'with_differences',
-           'cohort_table', 'write_cohort', 'backbone_table', 'write_backbones', 'multitask_verdict', 'multitask_table',
-           'compared_with', 'against_controls', 'write_multitask', 'task_of', 'against', 'pretrainings_of',
-           'pretraining_table', 'started', 'pretraining_verdict', 'asked', 'pretraining_level', 'write_pretraining',
-           'class_table', 'class_differences', 'counted_otherwise', 'label_title', 'label_pairs', 'label_evaluations',
-           'label_table', 'reached', 'label_verdict', 'label_cells', 'write_labels']
+           'cohort_table', 'write_cohort', 'backbone_table', 'backbone_differences', 'write_backbones',
+           'multitask_verdict', 'multitask_table', 'compared_with', 'against_controls', 'write_multitask', 'task_of',
+           'against', 'pretrainings_of', 'pretraining_table', 'started', 'pretraining_verdict', 'asked',
+           'pretraining_level', 'write_pretraining', 'class_table', 'class_differences', 'counted_otherwise',
+           'label_title', 'label_pairs', 'label_evaluations', 'label_table', 'reached', 'label_verdict', 'label_cells',
+           'write_labels']
 
 # %% ../../nbs/appendix/paper/tables.ipynb #9bb091e7
 import json
@@ -24,6 +25,7 @@ from ..evaluation.plan import Plan, claim, handed_on, no_worse, numbers, read_pl
 from ..evaluation.predictions import baseline_frame, baseline_path, label_frames, row_frames
 from ..evaluation.report import BASELINE_NAMES, BY_CLASS, MAIN, cell, sample_text, stamp, wide, write_table
 from cxrpaper.evaluation.rows import (
+    DIFFERENCES,
     differences,
     evaluate_mask_seeds,
     evaluate_seeds,
@@ -122,11 +124,24 @@ def backbone_table(
     long = pd.concat(rows, ignore_index=True)
     return long[['row', *long.columns.drop(['row', 'runs']), 'runs']], costs, first
 
+
+def backbone_differences(study: dict, how: Resampling = DEFAULT) -> pd.DataFrame:  # DIFFERENCES
+    "Each model of Table 2 minus the one that the study file names (`table2_than`), paired; no row where it names none."
+    if not study['table2_than']:
+        return pd.DataFrame(columns=DIFFERENCES)
+    frames, than = (
+        {backbone_title(r): row_frames(study, r) for r in study['table2']},
+        backbone_title(study['table2_than']),
+    )
+    return differences(frames, [(k, than, 'backbone') for k in frames if k != than], how)
+
 # %% ../../nbs/appendix/paper/tables.ipynb #28dc42e4
 def write_backbones(m: Making) -> tuple:  # Markdown, every number
     "Table 2, written."
     long, costs, first = backbone_table(m.study, m.how)
-    main = wide(long, MAIN)
+    diffs = backbone_differences(m.study, m.how)
+    heading = {'backbone': f'macro AUC, minus {diffs.than.iloc[0]}'} if len(diffs) else {}
+    main = compared_with(long, diffs, heading)
     for i, k in enumerate(('parameters (M)', 'MACs (G)')):
         main.insert(i + 1, k, [costs[name][k] for name in main.model])
     caption = (
@@ -135,7 +150,8 @@ def write_backbones(m: Making) -> tuple:  # Markdown, every number
         f'MACs: multiply-accumulates of one image.{stamp(m.study)}'
     )
     about = dict(n=len(first[0]), patients=int(first[0].group.nunique()), seeds=m.study['seeds'])
-    return m.write('table2', long, [main, wide(long, BY_CLASS)], caption, needed_runs(m.study), **about), long
+    every = with_differences(long, diffs) if len(diffs) else long
+    return m.write('table2', every, [main, wide(long, BY_CLASS)], caption, needed_runs(m.study), **about), long
 
 # %% ../../nbs/appendix/paper/tables.ipynb #81b988dc
 CONTROLS = ('presence', 'shuffled')  # masks that keep what is known of the class and take away the place
