@@ -185,13 +185,16 @@ def average_precision(
 ) -> np.ndarray:  # (B,); NaN where a resample lacks the class
     "Weighted average precision for all resamples at once."
     order = np.argsort(-score, kind='stable')
-    threshold = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    hits = running_sum(w[order] * positive[order, None])[threshold]
-    taken = running_sum(w[order])[threshold]
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # row of each threshold
+    found = np.flatnonzero(positive[order])
+    at = np.searchsorted(last, found)  # the threshold that takes each positive; recall rises at no other
+    ends = np.flatnonzero(np.append(np.diff(at) != 0, len(at) > 0))
+    w = w[order]
+    hits, taken = running_sum(w[found])[ends], running_sum(w)[last[at[ends]]]
     precision = np.divide(hits, taken, out=np.zeros_like(hits), where=taken > 0)
     if interpolated:
         precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return _share((np.diff(hits, axis=0, prepend=0) * precision).sum(0), hits[-1])
+    return _share((np.diff(hits, axis=0, prepend=0) * precision).sum(0), w[found].sum(0))
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #539820ff
 def confusion(
