@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY', 'CORPUS', 'phantom_root', 'checked', 'also', 'backbone_title', 'row_title', 'pretrain_title', 'StudyLoader',
            'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows', 'notebook_defaults',
-           'check_rows', 'check_tables', 'check_readiness', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run',
-           'row_params', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
+           'check_rows', 'check_tables', 'check_pretraining', 'check_readiness', 'pretraining_runs',
+           'pretraining_seeds', 'pretraining_run', 'row_params', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
@@ -286,13 +286,19 @@ def check_tables(study, file):
             raise bad(f'two rows are called {twice[0]}', table, 'rows of a table differ in a parameter')
     if study['readiness'] is not None:
         check_readiness(study['readiness'], file)
+    check_pretraining(study, file)
+
+# %% ../nbs/appendix/machine/study.ipynb #b1e3bb5e
+def check_pretraining(study, file):
+    "InputError for a corpus that the study's own pre-trainings could not learn from."
+    bad = lambda problem, hint: InputError(problem, file=file, field='pretraining', hint=hint)
     own, corpus = {r['pretrain'] for r in all_rows(study)} & set(our_methods()), study['pretraining']
     if own and corpus is None:
         problem = f'null, but rows are pre-trained by {", ".join(sorted(own))}'
-        raise bad(problem, 'pretraining', 'say which corpus they are pre-trained on')
+        raise bad(problem, 'say which corpus they are pre-trained on')
     if own and set(corpus) - {'seeds'} != {*CORPUS}:
         hint = 'give phantom, data_root and adapter, and seeds for more than one pre-training of each method'
-        raise bad(keys(corpus), 'pretraining', hint)
+        raise bad(f'the keys are {", ".join(corpus)}', hint)
 
 # %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 CORPUS = ['adapter', 'data_root', 'phantom']

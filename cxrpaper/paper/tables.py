@@ -124,7 +124,7 @@ def backbone_table(
     long = pd.concat(rows, ignore_index=True)
     return long[['row', *long.columns.drop(['row', 'runs']), 'runs']], costs, first
 
-
+# %% ../../nbs/appendix/paper/tables.ipynb #e4be18e2
 def backbone_differences(study: dict, how: Resampling = DEFAULT) -> pd.DataFrame:  # DIFFERENCES
     "Each model of Table 2 minus the one that the study file names (`table2_than`), paired; no row where it names none."
     if not study['table2_than']:

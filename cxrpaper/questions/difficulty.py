@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'READERS', 'PAIRS', 'SAME_KIND', 'verdict', 'readers_matrix', 'ceilings', 'confusion_shares',
-           'against_readers', 'separations', 'separability', 'simulate_labels', 'calibrated', 'noise_cases',
-           'count_flags', 'draw_labels', 'redrawn', 'tenth_wrong', 'label_noise', 'noise_matrix', 'noise_bound',
-           'doubtful', 'reread_sample', 'with_reread', 'reread_power', 'cartography', 'regions', 'hardest',
-           'draw_confusions', 'draw_separability', 'draw_cartography', 'draw_gallery', 'reread_labels',
-           'difficulty_part', 'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions', 'draw_hardest',
-           'figure_difficulty', 'figure_hardest']
+           'against_readers', 'separations', 'separability', 'simulate_labels', 'vouched', 'calibrated', 'noise_cases',
+           'count_flags', 'draw_labels', 'null_labels', 'redrawn', 'null_probabilities', 'tenth_wrong', 'label_noise',
+           'noise_matrix', 'noise_bound', 'doubtful', 'reread_sample', 'with_reread', 'reread_power', 'cartography',
+           'regions', 'hardest', 'draw_confusions', 'draw_separability', 'draw_cartography', 'draw_gallery',
+           'reread_labels', 'difficulty_part', 'cartography_part', 'classes_rule', 'labels_rule', 'figure_confusions',
+           'draw_hardest', 'figure_difficulty', 'figure_hardest']
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #5a921187
 import sys
@@ -34,9 +34,10 @@ from cxrpaper.evaluation.metrics import (
     confusion,
     percentile_interval,
     probabilities,
+    softmax,
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
-from .calibration import SHARES, fit_best, scale_folds, simulate_run
+from .calibration import SHARES, best_scaled, fit_best, scale_folds, simulate_run
 from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, read_classes, worst
 from ..runs import InputError, resolve, rng
 from ..schema import CLASSES, LOGITS
@@ -253,22 +254,26 @@ def simulate_labels(
     return df.assign(flipped=df.true != df.label)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #1c2c1e08
+def vouched(p, y_val) -> np.ndarray:  # (N,4) scaled probabilities, (V,) labels they were scaled on -> (N,4) logits
+    "Mixed with 1/(V + 2) of the classes' shares: V images cannot vouch for more."
+    counts = np.bincount(y_val, minlength=len(CLASSES))
+    mix = 1 / (counts.sum() + 2)
+    return np.log((1 - mix) * p + mix * ((counts + 1) / (counts.sum() + len(CLASSES))))
+
+
 def calibrated(
     df: pd.DataFrame,  # predictions of one seed, `val` and `test` rows of its folds
     leaky: bool = False,
     splits=('test',),  # whose rows come back
 ) -> pd.DataFrame:  # these rows; as they are where there are no `val` rows
-    "Probabilities scaled on each validation fold, then mixed with 1/(n + 2) of its class shares: n images cannot vouch for more."
+    "Probabilities scaled on each validation fold, and no surer than it can vouch for (`vouched`)."
     if not (df.split == 'val').any():
         return df
-    val = df[df.split == 'val']
-    shares = val.groupby('fold').label.apply(lambda y: np.bincount(y, minlength=len(CLASSES)))
     out, _ = scale_folds(df, fit_best, leaky, splits)
-    n = np.array([shares[k].sum() for k in out.fold])
-    prior = np.stack([(shares[k] + 1) / (shares[k].sum() + len(CLASSES)) for k in out.fold])
     p = probabilities(out)
-    mix = 1 / (n + 2)[:, None]
-    return out.assign(**dict(zip(LOGITS, np.log((1 - mix) * p + mix * prior).T)))
+    for k, y in df[df.split == 'val'].groupby('fold').label:
+        p[i] = vouched(p[i], y) if (i := (out.fold == k).to_numpy()).any() else p[i]
+    return out.assign(**dict(zip(LOGITS, p.T)))
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #a0a651ff
 def noise_cases(
@@ -302,17 +307,37 @@ def draw_labels(p, unit, n_draws: int, seed: int = 0) -> np.ndarray:  # (N,4), (
     return (u[:, :, None] > p.cumsum(1)[:, None, :-1]).sum(2)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #fdc8111a
-def redrawn(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False):  # yields such frames
-    "The same predictions under labels drawn from their calibrated probabilities, one label an image, in validation rows too."
+def null_labels(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False) -> pd.DataFrame:
+    "Labels drawn from the calibrated probabilities of predictions, of validation rows too: a row an image, a column a draw."
     both = pd.concat([calibrated(f, leaky, ('val', 'test')) for f in frames], ignore_index=True)
     p = pd.DataFrame(probabilities(both)).groupby([both.split, both.image]).mean()
     p = p.reset_index().sort_values(['split', 'image']).drop_duplicates('image').set_index('image')  # test before val
     who = both.drop_duplicates('image').set_index('image')[unit]
     of = pd.factorize(who[p.index])[0]
-    for labels in draw_labels(p.drop(columns='split').to_numpy(), of, n_draws, seed).T:
-        label = pd.Series(labels, p.index)
+    return pd.DataFrame(draw_labels(p.drop(columns='split').to_numpy(), of, n_draws, seed), p.index)
+
+
+def redrawn(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False):  # yields such frames
+    "The same predictions under the labels of each draw."
+    for _, label in null_labels(frames, n_draws, seed, unit, leaky).items():
         # images of a study may differ by chance here: each is a study of its own
         yield [f.assign(label=f.image.map(label), study=f.image) for f in frames]
+
+
+def null_probabilities(frames: list, labels: pd.DataFrame, images):  # labels: from `null_labels`; images: (N,), tested
+    "Under the labels of each draw the calibrated probabilities of these images, (N,4): what `noise_cases` gives of `redrawn`, from arrays."
+    parts, row = [], pd.Series(np.arange(len(labels)), labels.index)
+    for f in frames:
+        z, at, val = f[LOGITS].to_numpy(float), row[f.image].to_numpy(), (f.split == 'val').to_numpy()
+        of = [(f.fold == k).to_numpy() for k in f.fold.unique()] if val.any() else [np.ones(len(f), bool)]
+        parts += [(z[k & val], at[k & val], z[k & ~val], at[k & ~val]) for k in of]
+    for y in labels.to_numpy().T:
+        p = np.zeros((len(labels), len(CLASSES)))
+        for z_val, val, z, test in parts:
+            q = vouched(softmax(best_scaled(z_val, y[val], z)), y[val]) if len(val) else z
+            p[test] += softmax(q)
+        p = p[row[images]] / len(frames)
+        yield p / p.sum(1, keepdims=True)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #66bc8ec2
 def tenth_wrong(y, unit, seed: int, k: int) -> np.ndarray:  # (N,) labels, (N,) patient; seed and number of the draw
@@ -339,9 +364,10 @@ def label_noise(
     flags = lambda y, p: int(count_flags(y[:, None], p)[0])
     image, y, p, of = noise_cases(frames, unit, leaky)
     seen = flags(y, p)
-    both = lambda k, y, p, of: (flags(y, p), flags(tenth_wrong(y, of, seed, k), p))
-    draws = enumerate(redrawn(frames, n_draws, seed, unit, leaky))
-    null, tenth = np.array([both(k, *noise_cases(f, unit, leaky)[1:]) for k, f in draws]).T
+    labels = null_labels(frames, n_draws, seed, unit, leaky)
+    draws = zip(labels.loc[image].to_numpy().T, null_probabilities(frames, labels, image))
+    both = lambda k, y, p: (flags(y, p), flags(tenth_wrong(y, of, seed, k), p))
+    null, tenth = np.array([both(k, *draw) for k, draw in enumerate(draws)]).T
     lo, hi, _ = percentile_interval(null / len(y), level)
     least = min(len(np.unique(of[y == k])) for k in range(len(CLASSES)))
     above = (1 + (null >= seen).sum()) / (n_draws + 1)
