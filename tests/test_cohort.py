@@ -619,7 +619,7 @@ def chestxray14(root):
         '00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,\n00000001_001.png,Nodule|Mass,1,1,58,M,AP,2894,2729,0.143,0.143,\n00000002_000.png,No Finding,0,2,081Y,F,PA,2500,2048,0.171,0.171,\n'
     )
     (root / 'BBox_List_2017.csv').write_text(
-        'Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400,,,\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068,,,\n'
+        'Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068\n'
     )
     for n, folder in (
         ('00000001_000', 'images_001/images'),
@@ -1101,12 +1101,17 @@ def test_boxes_of_nih_are_a_second_annotator_and_change_nothing_else(tmp_path):
     after = {k: read_cohort(root, k) for k in ('rsna', 'rsna_all')}
     for k in before:
         assert after[k].digest == before[k].digest and after[k].images.equals(before[k].images)
+        counts = dict(second_boxes=3, second_images=2, both_boxed=1)
+        assert after[k].notes == before[k].notes | counts and not set(counts) & set(before[k].notes)
     assert second_boxes(after['rsna']) == [[(10, 200, 300.5, 400), (1000, 0, 24, 10)], [], [(30, 200, 300.5, 400)]]
     assert second_boxes(after['rsna_all'])[3] == [(40, 200, 300.5, 400)]
     assert second_boxes(after['rsna'], ('Mass', 'Nodule'))[1] == [(20, 200, 300.5, 400)]
     save_cohort(after['rsna'], tmp_path / 'after')
     assert (tmp_path / 'after' / 'cohort.csv').read_bytes() == (tmp_path / 'before' / 'cohort.csv').read_bytes()
     assert second_boxes(load_cohort(tmp_path / 'after')) == second_boxes(after['rsna'])
+    assert second_boxes(after['rsna'], ('Nodule',)) == [[], [], []]
+    (root / BOX_LIST).write_text(BOX_HEAD + 'a,b\n')
+    assert 'line 2: 2 fields where six are needed' in str(refused(read_cohort, root))
     (root / BOX_LIST).unlink()
     save_cohort(read_cohort(root), tmp_path / 'again')
     assert (tmp_path / 'again' / 'cohort.json').read_bytes() == (tmp_path / 'before' / 'cohort.json').read_bytes()

@@ -9,8 +9,8 @@ __all__ = ['HEADINGS', 'TWICE_WRITTEN', 'ONE_SOURCE', 'OPACITIES', 'BOX_LIST', '
            'parse_label', 'read_image_boxes', 'organisers_rule', 'find_dicoms', 'read_patients', 'read_sizes',
            'read_siim', 'siim_labels', 'read_siim_tables', 'read_real_cxr', 'require_files', 'nih_boxes',
            'read_chestxray14', 'read_chestxray14_boxes', 'rsna_mapping', 'rsna_reads', 'rsna_annotations',
-           'rsna_by_image', 'read_rsna', 'second_boxes', 'read_chexpert', 'picture_size', 'read_mimic', 'find_by_name',
-           'read_table', 'file_facts', 'find_radiographs', 'name_images', 'whose_files', 'read_folder',
+           'rsna_by_image', 'read_rsna', 'second_boxes', 'second_counts', 'read_chexpert', 'picture_size', 'read_mimic',
+           'find_by_name', 'read_table', 'file_facts', 'find_radiographs', 'name_images', 'whose_files', 'read_folder',
            'read_lone_table', 'holds', 'Dataset', 'which_adapter', 'read_cohort']
 
 # %% ../../nbs/appendix/data/readers.ipynb #c8a70639
@@ -383,7 +383,7 @@ def require_files(root, paths, table):  # table: the rows that name them, from `
         )
 
 # %% ../../nbs/appendix/data/readers.ipynb #a90cf769
-OPACITIES = ('Atelectasis', 'Infiltrate', 'Mass', 'Nodule', 'Pneumonia')  # of the eight findings in BBox_List_2017.csv
+OPACITIES = ('Atelectasis', 'Infiltrate', 'Mass', 'Nodule', 'Pneumonia')  # of NIH_FINDINGS
 
 # %% ../../nbs/appendix/data/readers.ipynb #b0c51a01
 BOX_LIST = 'BBox_List_2017.csv'  # what NIH calls it
@@ -467,7 +467,7 @@ def read_chestxray14(
     t, files = _nih_table(root)
     paths = [files.get(n, f'images/{n}') for n in t['Image Index']]
     require_files(root, paths, t)
-    drawn = root / 'BBox_List_2017.csv'
+    drawn = root / BOX_LIST
     boxes = read_chestxray14_boxes(drawn) if drawn.exists() else {}
     images = pd.DataFrame(_about_nih(t) | dict(path=paths, boxes=[boxes.get(n, []) for n in t['Image Index']]))
     images = images.assign(boxes=_in_frame(images, t), annotated=images.boxes.map(len) > 0)
@@ -477,25 +477,9 @@ def read_chestxray14(
 def read_chestxray14_boxes(
     path,  # of BBox_List_2017.csv
 ) -> dict:  # file name -> [(x, y, width, height), ...]
-    "The boxes of the opacities of ChestX-ray14."
-    t = read_rows(path)
-    out = {}
-    if len(t.columns) < 7:
-        raise InputError(
-            'missing columns', file=show_path(path), field='line 1', hint='use the table as it was released'
-        )
-    name, finding, corner = t.iloc[:, 0], t.iloc[:, 1], t.iloc[:, 2:6].apply(pd.to_numeric, errors='coerce').values
-    refuse(
-        t,
-        ~np.isfinite(corner).all(1) | (corner[:, 2:] <= 0).any(1),
-        t.columns[2],
-        'the box cannot be read',
-        'give x, y, width and height in pixels',
-    )
-    for n, f, b in zip(name, finding, corner.tolist()):
-        if f in OPACITIES:
-            out.setdefault(n, []).append(tuple(b))
-    return out
+    "The boxes of the opacities of ChestX-ray14; InputError as in `nih_boxes`."
+    t = nih_boxes(path)
+    return t[t.finding.isin(OPACITIES)].groupby('image').boxes.sum().to_dict()
 
 # %% ../../nbs/appendix/data/readers.ipynb #659d030c
 RSNA_CLASSES = {
@@ -627,13 +611,13 @@ def read_rsna(
     images = pd.DataFrame(about)
     images = images.assign(boxes=_in_frame(images, t))
     counts = dict(images_read=int(known.sum()), of_read=len(by_image), read_twice_and_disputed=disputed)
-    return make_cohort(images, root, 'rsna', surrogate=True, published=True, **counts)
+    cohort = make_cohort(images, root, 'rsna', surrogate=True, published=True, **counts)
+    if (root / BOX_LIST).is_file():
+        cohort.notes |= second_counts(cohort)
+    return cohort
 
 # %% ../../nbs/appendix/data/readers.ipynb #b0c51a04
-AIRSPACE = (
-    'Infiltrate',
-    'Pneumonia',
-)  # of NIH_FINDINGS: what the RSNA's boxes of possible pneumonia can be held against
+AIRSPACE = ('Infiltrate', 'Pneumonia')  # of NIH_FINDINGS: what may be a pneumonia
 
 
 def second_boxes(
@@ -647,6 +631,16 @@ def second_boxes(
     t = nih_boxes(cohort.root / BOX_LIST)
     drawn = t[t.finding.isin(findings)].groupby('image').boxes.sum()
     return [drawn.get(f'{i}.png', []) for i in cohort.images.image]
+
+
+def second_counts(
+    cohort: Cohort,  # of `rsna`
+) -> dict:  # second_boxes, second_images: on radiographs that the RSNA read; both_boxed: images that have boxes of both
+    "How much of a second annotator there is, for the notes of a cohort."
+    t = cohort.images.assign(n=[len(b) for b in second_boxes(cohort)])
+    n = t.n[t.annotated]
+    both = (n > 0) & (t.boxes[t.annotated].map(len) > 0)
+    return dict(second_boxes=int(n.sum()), second_images=int((n > 0).sum()), both_boxed=int(both.sum()))
 
 # %% ../../nbs/appendix/data/readers.ipynb #01dde5c9
 def read_chexpert(
