@@ -30,12 +30,15 @@ from cxrpaper.data.folds import (
 )
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
 from cxrpaper.data.readers import (
+    BOX_LIST,
     HEADINGS,
+    nih_boxes,
     organisers_rule,
     parse_boxes,
     parse_label,
     read_cohort,
     read_siim,
+    second_boxes,
     siim_labels,
 )
 from cxrpaper.runs import InputError, project_root
@@ -616,7 +619,7 @@ def chestxray14(root):
         '00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,\n00000001_001.png,Nodule|Mass,1,1,58,M,AP,2894,2729,0.143,0.143,\n00000002_000.png,No Finding,0,2,081Y,F,PA,2500,2048,0.171,0.171,\n'
     )
     (root / 'BBox_List_2017.csv').write_text(
-        'Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400,,,\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068,,,\n'
+        'Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Cardiomegaly,100,200,300,400\n00000001_001.png,Nodule,225.08474576,547.01921763,86.77966102,79.18644068\n'
     )
     for n, folder in (
         ('00000001_000', 'images_001/images'),
@@ -1070,3 +1073,77 @@ def test_the_published_tables_of_the_rsna(tmp_path):
     first = c[c.image.isin(entry['Image Index'][:4_999].str.removesuffix('.png'))]
     assert len(first) == 1_172 and first.patient.nunique() == 514 and first.boxes.map(len).sum() == 402
     assert first.label.value_counts().sort_index().tolist() == [353, 136, 119, 564]
+
+
+# ---- NIH's own boxes beside those of the RSNA
+
+BOX_HEAD = 'Image Index,Finding Label,Bbox [x,y,w,h],,,\n'  # nine fields, as published; the rows have six
+
+
+def two_annotators(root):
+    "Three radiographs that the RSNA read, two of them boxed, and one that it did not read."
+    names = [f'0000000{k}_000.png' for k in range(1, 5)]
+    box = [(100, 200, 300, 400)]
+    reads = [(k, n, 'Lung Opacity', box, 1.0) for k, n in zip('ab', names)] + [('c', names[2], 'Normal', [], 1.0)]
+    return rsna_root(root, reads, nih_rows(names), names), names
+
+
+def test_boxes_of_nih_are_a_second_annotator_and_change_nothing_else(tmp_path):
+    root, names = two_annotators(tmp_path)
+    before = {k: read_cohort(root, k) for k in ('rsna', 'rsna_all')}
+    save_cohort(before['rsna'], tmp_path / 'before')
+    assert 'no such file' in str(refused(second_boxes, before['rsna']))
+    rows = [
+        f'{n},{f},{x},200,300.5,400'
+        for n, f, x in zip(names, ('Pneumonia', 'Mass', 'Infiltrate', 'Pneumonia'), (10, 20, 30, 40))
+    ]
+    (root / BOX_LIST).write_text(BOX_HEAD + '\n'.join([*rows, f'{names[0]},Infiltrate,1000,0,30,10.0,,,']))
+    after = {k: read_cohort(root, k) for k in ('rsna', 'rsna_all')}
+    for k in before:
+        assert after[k].digest == before[k].digest and after[k].images.equals(before[k].images)
+        counts = dict(second_boxes=3, second_images=2, both_boxed=1)
+        assert after[k].notes == before[k].notes | counts and not set(counts) & set(before[k].notes)
+    assert second_boxes(after['rsna']) == [[(10, 200, 300.5, 400), (1000, 0, 24, 10)], [], [(30, 200, 300.5, 400)]]
+    assert second_boxes(after['rsna_all'])[3] == [(40, 200, 300.5, 400)]
+    assert second_boxes(after['rsna'], ('Mass', 'Nodule'))[1] == [(20, 200, 300.5, 400)]
+    save_cohort(after['rsna'], tmp_path / 'after')
+    assert (tmp_path / 'after' / 'cohort.csv').read_bytes() == (tmp_path / 'before' / 'cohort.csv').read_bytes()
+    assert second_boxes(load_cohort(tmp_path / 'after')) == second_boxes(after['rsna'])
+    assert second_boxes(after['rsna'], ('Nodule',)) == [[], [], []]
+    (root / BOX_LIST).write_text(BOX_HEAD + 'a,b\n')
+    assert 'line 2: 2 fields where six are needed' in str(refused(read_cohort, root))
+    (root / BOX_LIST).unlink()
+    save_cohort(read_cohort(root), tmp_path / 'again')
+    assert (tmp_path / 'again' / 'cohort.json').read_bytes() == (tmp_path / 'before' / 'cohort.json').read_bytes()
+
+
+@pytest.mark.parametrize(
+    'row,words',
+    [
+        ('00000002_000.png,Mass,1000,0,100,10', ('line 3, column boxes', 'lies outside the image of 1024 x 1024')),
+        ('00000002_000.png,Infiltration,0,0,9,9', ('line 3, column finding', 'not a finding', 'Infiltrate')),
+        ('00000002_000.png,Mass,0,zero,9,9', ('line 3, column y', 'not a number')),
+        ('00000002_000.png,Mass,0,inf,9,9', ('line 3, column y', 'not a number')),
+        ('00000002_000.png,Mass,0,0,9,', ('line 3, column h', 'not a number')),
+        ('00000002_000.png,Mass,0,0,0,9', ('line 3, column w', 'not a positive side')),
+        ('00000002_000.png,Mass,0,0,9', ('line 3', '5 fields where six are needed')),
+        ('00000002_000.png,Mass,0,0,9,9,7', ('line 3', '7 fields where six are needed')),
+        ('patient_2,Mass,0,0,9,9', ('line 3, column image', 'not an image of NIH')),
+        (BOX_HEAD.strip(), ('line 3, column image', 'not an image of NIH')),
+    ],
+    ids=['outside', 'finding', 'word', 'infinite', 'empty', 'no side', 'short', 'long', 'image', 'header again'],
+)
+def test_a_bad_line_of_nihs_boxes_is_named(tmp_path, row, words):
+    (f := tmp_path / BOX_LIST).write_text(f'{BOX_HEAD}00000001_000.png,Mass,0,0,9,9\n{row}\n')
+    e = refused(nih_boxes, f)
+    assert BOX_LIST in str(e) and all(w in str(e) for w in words) and e.hint
+
+
+@pytest.mark.parametrize(
+    'head', ['', 'Image Index,Image Index,Bbox [x,y,w,h],,,\n', 'Image Index,Finding Label,x,x,w,h\n']
+)
+def test_another_header_is_no_list_of_nihs_boxes(tmp_path, head):
+    (f := tmp_path / BOX_LIST).write_text(head + '00000001_000.png,Mass,0,0,9,9\n' * 2)
+    assert 'line 1' in str(refused(nih_boxes, f)) and 'another header' in str(refused(nih_boxes, f))
+    f.write_text(head)
+    assert 'no rows' in str(refused(nih_boxes, f))

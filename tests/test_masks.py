@@ -17,6 +17,7 @@ from cxrpaper.evaluation.masks import (
     MASK_METRICS,
     STEPS,
     MaskScores,
+    annotator_agreement,
     at_threshold,
     best_threshold,
     dice_curve,
@@ -584,3 +585,72 @@ def test_real_drawn_masks(tmp_path):
     assert (at_threshold(s, 128).dice.dropna() == 1).all()
     prior = score_masks(np.broadcast_to(prior_logits(masks), masks.shape), masks, [[]] * len(t), t)
     assert 0.1 < dice_curve(prior).max() < 0.8
+
+
+# ---- two annotators -----------------------------------------------------------------------------------------------------------
+
+
+def boxed(n=40, patients=12, side=1024, seed=0):
+    "Images of one box each, on which every planted shift is known."
+    g = np.random.default_rng(seed)
+    p = [f'p{i % patients:02}' for i in range(n)]
+    boxes = [[(*g.uniform(100, 300, 2), *g.uniform(150, 400, 2))] for _ in range(n)]
+    about = dict(image=[f'i{i:02}' for i in range(n)], study=p, patient=p, group=p, label=1)
+    return pd.DataFrame(about | dict(height=side, width=side, boxes=boxes))
+
+
+def test_the_same_boxes_agree_and_boxes_elsewhere_do_not():
+    t = boxed()
+    for second, want in ((t.boxes.tolist(), 1), ([[(800, 800, 100, 100)]] * len(t), 0)):
+        a = annotator_agreement(t, second, 128)
+        assert a.metric.tolist() == ['dice', 'iou', 'box_recall']
+        assert (a[['value', 'lo', 'hi']] == want).all(axis=None) and set(a.n) == {40} and set(a.n_units) == {12}
+
+
+@pytest.mark.parametrize('share', [0.1, 0.25, 0.6])
+@pytest.mark.parametrize('px', [64, 256])
+def test_a_known_shift_gives_the_known_dice(share, px):
+    "Within what one pixel of the grid can change in a box."
+    t = boxed()
+    second = [[(x + share * w, y, w, h)] for ((x, y, w, h),) in t.boxes]
+    a = annotator_agreement(t, second, px).set_index('metric')
+    assert a.value['dice'] == pytest.approx(1 - share, abs=1.5 * 1024 / px / 275 / 3)
+    assert a.value['iou'] == pytest.approx((1 - share) / (1 + share), abs=1.5 * 1024 / px / 275 / 3)
+    assert a.value['box_recall'] == (share < 0.5)
+    back = annotator_agreement(t.assign(boxes=second), t.boxes.tolist(), px).set_index('metric')
+    assert back.value[['dice', 'iou']].tolist() == pytest.approx(a.value[['dice', 'iou']].tolist())
+
+
+def test_agreement_is_the_mean_over_images_and_its_interval_is_over_patients():
+    t, g = boxed(60, 15), np.random.default_rng(1)
+    hand = dict(zip(sorted(set(t.patient)), g.uniform(0, 0.5, 15)))  # each patient's boxes are moved by one share
+    second = [[(x + hand[p] * w, y, w, h)] for p, ((x, y, w, h),) in zip(t.patient, t.boxes)]
+    t.at[0, 'boxes'], second[1] = [], []  # what one of them left empty does not count
+    a = annotator_agreement(t, second, 256)
+    dice = a.set_index('metric').loc['dice']
+    both = t.iloc[2:]
+    assert dice.n == 58 and a.attrs['images'] == both.image.tolist()
+    assert dice.value == pytest.approx(np.mean([1 - hand[p] for p in both.patient]), abs=0.01)
+    se = np.std(list(hand.values()), ddof=1) / np.sqrt(15)  # the patients are of nearly equal size
+    assert dice.se == pytest.approx(se, rel=0.15) and dice.lo < dice.value < dice.hi
+    by_image = annotator_agreement(t, second, 256, Resampling(unit='image')).set_index('metric').loc['dice']
+    assert by_image.se < 0.7 * dice.se, 'images of one patient are no independent evidence'
+
+
+def test_too_few_patients_and_boxes_that_do_not_belong_are_refused():
+    t = boxed(40, 10)
+    second = t.boxes.tolist()
+    assert annotator_agreement(t, second, 64).n_units.tolist() == [10] * 3
+    for bad, field, words in (
+        ([[] if p == 'p03' else b for p, b in zip(t.patient, second)], 'second', '36 images, of 9 group'),
+        ([[]] * 40, 'second', '0 images, of 0 group'),
+        (second[1:], 'second', '39 rows for 40 images'),
+        ([*second[:-1], [(2000, 0, 9, 9)]], 'second', 'image i39'),
+        ([*second[:-1], [(0, 0, 9, np.nan)]], 'second', 'image i39'),
+    ):
+        with pytest.raises(InputError) as e:
+            annotator_agreement(t, bad, 64)
+        assert e.value.field == field and words in str(e.value) and e.value.hint
+    t.at[5, 'boxes'] = [(0, 0, -1, 5)]
+    with pytest.raises(InputError, match='image i05: boxes'):
+        annotator_agreement(t, second, 64)
