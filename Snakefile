@@ -5,14 +5,14 @@ import functools, shlex
 from snakemake.exceptions import WorkflowError
 from cxrpaper.runs import KERNELS, digest, job_digest, page_of, project_root
 from cxrpaper.schema import our_methods
-from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs
+from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs, saved_cohort
 
 STUDY = config.get('study', 'config/smoke.yaml')
 study = read_study(STUDY)
 profile = study['profile']
 RUNS = f"runs/{study['name']}"
 PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here
-DATA = {k: study[k] for k in ('data_root', 'adapter')}
+DATA, SAVED = {k: study[k] for k in ('data_root', 'adapter')}, saved_cohort(study) # what the first job reads, what it leaves to the others
 DECODING = max(2, study['threads']) # processes that decode
 MODELS = grid(study)
 PRETRAINED = pretraining_runs(study) # of which MODELS may start
@@ -89,7 +89,7 @@ rule cohort:
 rule store:
     input: nb=page('data.store'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/store.ipynb'
-    params: code=code('data.store'), y=yaml_for(**DATA, px=study['px'], workers=DECODING)
+    params: code=code('data.store'), y=yaml_for(**SAVED, px=study['px'], workers=DECODING)
     log: f'{RUNS}/logs/store.log'
     threads: DECODING
     shell: CPU
@@ -97,7 +97,7 @@ rule store:
 rule baselines:
     input: nb=page('evaluation.baselines'), data=f'{RUNS}/cohort.ipynb'
     output: f'{RUNS}/baselines.ipynb'
-    params: code=code('evaluation.baselines'), y=yaml_for(**DATA, n_folds=study['n_folds'], out=f'{RUNS}/baselines')
+    params: code=code('evaluation.baselines'), y=yaml_for(**SAVED, n_folds=study['n_folds'], out=f'{RUNS}/baselines')
     log: f'{RUNS}/logs/baselines.log'
     shell: CPU
 

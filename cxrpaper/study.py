@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDY', 'CORPUS', 'phantom_root', 'checked', 'also', 'backbone_title', 'row_title', 'pretrain_title', 'StudyLoader',
            'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows', 'notebook_defaults',
-           'check_rows', 'check_tables', 'check_pretraining', 'check_readiness', 'pretraining_runs',
+           'check_rows', 'check_tables', 'check_pretraining', 'check_readiness', 'saved_cohort', 'pretraining_runs',
            'pretraining_seeds', 'pretraining_run', 'row_params', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
@@ -325,14 +325,18 @@ def check_readiness(r, file):
         raise bad(keys(r['external']), hint, 'readiness: external')
 
 # %% ../nbs/appendix/machine/study.ipynb #c8d817b3
+def saved_cohort(study) -> dict:  # data_root and adapter of what trains and tests
+    "The cohort as the first job of the study read it, so that no training opens every header again."
+    return dict(data_root=f"runs/{study['name']}/cohort", adapter='saved')
+
+
 def pretraining_runs(
     study: dict,  # from `read_study`
 ) -> dict:  # run folder -> (method, parameters of its notebook 03_*)
     "Every pre-training that the rows of a study start from: `pretraining.seeds` for each method and architecture, on a corpus from which everything labelled is excluded."
     pairs = dict.fromkeys((r['pretrain'], r['arch']) for r in all_rows(study) if r['pretrain'] in our_methods())
-    base = {k: study[k] for k in ('profile', 'px', 'n_folds')} | dict(
-        labelled_root=study['data_root'], labelled_adapter=study['adapter'], fold=None
-    )
+    labelled = {f'labelled_{k.removeprefix("data_")}': v for k, v in saved_cohort(study).items()}
+    base = {k: study[k] for k in ('profile', 'px', 'n_folds')} | labelled | dict(fold=None)
     return {
         pretraining_run(study, m, a, k): (
             m,
@@ -359,7 +363,8 @@ def pretraining_run(
 def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the runs of a row share; k: which seed or draw
     ours = row['pretrain'] in our_methods()
     own = dict(weights=pretraining_run(study, row['pretrain'], row['arch'], k)) if ours else {}
-    return {k: study[k] for k in ('profile', 'data_root', 'adapter', 'px', 'n_folds')} | own | study['finetune'] | row
+    data = {k: study[k] for k in ('profile', 'px', 'n_folds')} | saved_cohort(study)
+    return data | own | study['finetune'] | row
 
 
 def row_runs(

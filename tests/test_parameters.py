@@ -24,16 +24,18 @@ RUNNABLE = [f.relative_to(NBS).as_posix() for f in PAGES]
 
 
 def check_cells(name, given):
-    "Execute a notebook, with papermill's injected cell, up to the cell that checks the parameters; returns the error or None."
+    "Execute a notebook, with papermill's injected cell, up to the cell that checks the parameters, but for a library's demonstrations; returns the error or None."
     nb = parameterize_notebook(load_notebook_node(str(ROOT / 'nbs' / name)), given)
-    shell = InteractiveShell()
+    shell, library = InteractiveShell(), any('#| default_exp' in c.source for c in nb.cells)
+    asked = lambda source: re.search(r'\bparameters\(\s*globals\(\)', source)
     for c in nb.cells:
-        if c.cell_type != 'code':
+        shows = library and not c.source.startswith('#|') and not c.metadata.get('tags') and not asked(c.source)
+        if c.cell_type != 'code' or shows:
             continue
         r = shell.run_cell(c.source, store_history=True, silent=False)
         if r.error_in_exec or r.error_before_exec:
             return r.error_in_exec or r.error_before_exec
-        if re.search(r'\bparameters\(\s*globals\(\)', c.source):
+        if asked(c.source):
             return None
     raise AssertionError(f'{name} never checks its parameters')
 
