@@ -6,7 +6,8 @@
 __all__ = ['STUDY', 'CORPUS', 'phantom_root', 'checked', 'also', 'backbone_title', 'row_title', 'pretrain_title', 'StudyLoader',
            'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows', 'notebook_defaults',
            'check_rows', 'check_tables', 'check_pretraining', 'check_readiness', 'saved_cohort', 'pretraining_runs',
-           'pretraining_seeds', 'pretraining_run', 'row_params', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
+           'pretraining_seeds', 'pretraining_run', 'row_params', 'runs_by_seed', 'row_runs', 'label_runs', 'grid',
+           'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
@@ -367,17 +368,26 @@ def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the ru
     return data | own | study['finetune'] | row
 
 
+def runs_by_seed(study, row) -> list:  # one dict for each seed: run folder -> parameters of 04_finetune
+    "A solved head draws nothing: seeds that start from the same weights are one run, that of the first."
+    starts = 1 if row['pretrain'] not in our_methods() else len(pretraining_seeds(study))
+    first = [k % starts if row.get('head') == 'logistic' else k for k in range(len(study['seeds']))]
+    return [
+        {
+            f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=s)}": row_params(study, row, k)
+            | dict(fold=f, seed=s)
+            for f in study['folds']
+        }
+        for k, s in ((k, study['seeds'][k]) for k in first)
+    ]
+
+
 def row_runs(
     study: dict,  # from `read_study`
     row: dict,  # one row of a table
 ) -> dict:  # run folder -> parameters of 04_finetune
     "Every run of one row: folds x seeds."
-    return {
-        f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=s)}": row_params(study, row, k)
-        | dict(fold=f, seed=s)
-        for k, s in enumerate(study['seeds'])
-        for f in study['folds']
-    }
+    return {r: p for runs in runs_by_seed(study, row) for r, p in runs.items()}
 
 # %% ../nbs/appendix/machine/study.ipynb #14a54d60
 def label_runs(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .metrics import pool_folds
 from ..runs import load_run, resolve, show_path
-from ..study import label_runs, row_runs
+from ..study import label_runs, runs_by_seed
 
 # %% ../../nbs/appendix/evaluation/predictions.ipynb #7d15a37f
 IDS = dict.fromkeys(('image', 'study', 'patient', 'group'), str)
@@ -29,8 +29,7 @@ def fold_frames(
     row: dict,  # one row of a table
 ) -> list:  # one list per seed of frames, a fold each, with validation and test rows
     "The predictions of a row as they were saved, seed by seed."
-    runs = row_runs(study, row)
-    return [[load_predictions(r) for r, p in runs.items() if p['seed'] == s] for s in study['seeds']]
+    return [[load_predictions(r) for r in runs] for runs in runs_by_seed(study, row)]
 
 
 def row_frames(
@@ -48,10 +47,11 @@ def label_frames(
     fraction: float,  # of the labels
 ) -> list:  # one frame of pooled test predictions per draw
     "The same with a share of the labels, draw by draw."
+    draws = study['table6']['draws']
+    if fraction == 1:
+        return row_frames(study | dict(seeds=draws), row)
     runs = label_runs(study, row, fraction)
-    return [
-        pool_folds([load_predictions(r) for r, p in runs.items() if p['seed'] == d]) for d in study['table6']['draws']
-    ]
+    return [pool_folds([load_predictions(r) for r, p in runs.items() if p['seed'] == d]) for d in draws]
 
 # %% ../../nbs/appendix/evaluation/predictions.ipynb #1af48629
 def baseline_path(study, kind):
