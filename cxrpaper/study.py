@@ -207,6 +207,8 @@ def read_study(path) -> dict:  # its checked content
         if isinstance(other, dict) and isinstance(other.get('phantom'), dict):
             other['data_root'] = phantom_root(f"{study['name']}-{k}", other['phantom'])
     check_tables(study, show_path(path))
+    if study['table2_than']:  # as the row itself writes it: its runs are named by the order of its keys
+        study['table2_than'] = study['table2'][study['table2'].index(study['table2_than'])]
     return study
 
 # %% ../nbs/appendix/machine/study.ipynb #dced61ec
@@ -250,7 +252,7 @@ def notebook_defaults(kind: str) -> dict:  # such as 'finetune': the module trai
 
 def check_rows(study, file):
     "InputError for a row that sets what is no parameter, or whose runs could not be named."
-    known = set(notebook_defaults('finetune'))
+    known = set(notebook_defaults('finetune')) - {'data_root', 'adapter'}  # one cohort for a study
     tables = {t: study[t] for t in ('table2', 'table3', 'table4')}
     tables |= {'table6: rows': (study['table6'] or dict(rows=[]))['rows'], 'readiness: rows': evaluated_rows(study)}
     for table, rows in tables.items():

@@ -334,7 +334,7 @@ def ingest():
     "Radiographs of 2544 x 3028 pixels, 12 bit: the store against the decoder alone and against the usual recipe, two processes each."
     from joblib import Parallel, delayed
 
-    for syntax, n in (('explicit', 160), ('rle', 120), ('jpeg lossless', 64), ('jpeg2000', 32)):
+    for syntax, n in (('explicit', 96), ('rle', 64), ('jpeg lossless', 40), ('jpeg2000', 20)):
         with tempfile.TemporaryDirectory() as d, Parallel(n_jobs=2) as pool:
             d = Path(d)
             (d / 'films').mkdir()

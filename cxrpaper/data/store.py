@@ -236,7 +236,7 @@ def store_table(
     progress: bool = False,
 ) -> pd.DataFrame:  # the cohort's rows plus sha256, mask_from, key; boxes as JSON
     "The table of a store: every row with the key of what decides its pixels."
-    t = cohort.images.reset_index(drop=True).copy()
+    t = cohort.images.drop(columns=[c for c in cohort.images if c.startswith('fold')]).reset_index(drop=True)
     check_table(t)
     masks = t['mask_path'].fillna('') if 'mask_path' in t else pd.Series('', t.index)
     files = [Path(cohort.root) / p for p in t.path] + [Path(cohort.root) / m for m in masks if m]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVIDENCE', 'ASKED', 'SIZES', 'QUESTIONS', 'SHOWN', 'Evidence', 'differences_of', 'detectable', 'answer_table',
            'one_answer', 'backbones', 'verdict_of', 'expected', 'masks_learnt', 'shuffled', 'fewer_labels', 'beside',
-           'judged', 'runs_beside', 'at_chance', 'most_frequent', 'why_hard', 'finer_images', 'answers',
+           'judged', 'runs_beside', 'at_chance', 'most_frequent', 'why_hard', 'finer_compared', 'answers',
            'answers_markdown', 'short_answers', 'at_a_glance', 'restoration_answers']
 
 # %% ../../nbs/appendix/paper/answers.ipynb #f0113378
@@ -21,6 +21,7 @@ from ..evaluation.plan import claim, numbers, read_plan, shortage
 from ..evaluation.report import BASELINE_NAMES, cell, markdown, unbroken
 from ..runs import resolve
 from ..schema import CLASSES
+from ..study import read_study
 
 # %% ../../nbs/appendix/paper/answers.ipynb #fbcb50ca
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Evidence:
 
     title: str  # in sentences and tables
     folder: str  # of its tables
-    kind: str  # 'real', 'recipe' (the real ones again, trained otherwise), 'planted' (its truth is known) or 'phantom'
+    kind: str  # 'real', 'recipe', 'finer' (the real ones again, otherwise), 'planted' (its truth is known) or 'phantom'
     short: str  # on the first page
     expected: str = ''  # of masks, where the truth is planted
 
@@ -42,6 +43,7 @@ EVIDENCE = (
         'recipe',
         'All of the network at one rate',
     ),
+    Evidence('the same radiographs at finer pixels', 'figures/open_fine', 'finer', 'At finer pixels'),
     Evidence(
         'phantoms whose classes differ by the place of the opacities',
         'figures/location',
@@ -168,7 +170,7 @@ def fewer_labels(e: Evidence) -> str:  # '' where there is no table, or where th
         return ''
     d = few[(few.metric == 'difference_auc_macro') & (few.question == 'ImageNet')]
     said = ', '.join(f'{r.row.split(",")[0]} {numbers(r)}' for r in d.itertuples())
-    asked = 'nothing was fine-tuned or begun from scratch with so few, so whether it saves labels stays open'
+    asked = 'nothing was fine-tuned or begun from scratch, so whether it saves labels stays open'
     return f'with {100 * few.labels.min():.0f} % of the labels, encoder frozen, minus ImageNet: {said}; {asked}'
 
 
@@ -233,13 +235,20 @@ def why_hard(e: Evidence) -> str:  # '' where there is no table
     right = f'accuracy {cell(of(first).loc["accuracy"], 3)}, {most_frequent(prior)}'
     return f'seen, not explained: macro AUC {auc(first)} of {first}, {known}; {at_chance(of(first))}; {right}'
 
-
-def finer_images(e: Evidence) -> str:  # '' where the study has no other size
-    "What frozen features reach at another size of the image."
-    auc = backbones(e).query("metric == 'auc_macro'").set_index('row')
-    finer = [(row, *m.groups()) for row in auc.index if (m := re.match(r'(.+), px (\d+)$', row))]
-    said = [f'{base}: {cell(auc.loc[base])}; at {px} px {cell(auc.loc[row])}' for row, base, px in finer]
-    return '; '.join(said)
+# %% ../../nbs/appendix/paper/answers.ipynb #23725b33
+def finer_compared(e: Evidence, finest: bool = False) -> str:  # '' where Table 2 compares nothing
+    "Each model of Table 2, or those of the most pixels, minus the one that the study compares with."
+    t = _table(e, 2)
+    if (d := t[t.metric == 'difference_auc_macro']).empty:
+        return ''
+    px = read_study(json.loads((resolve(e.folder) / 'table2.json').read_text())['study'])['px']
+    side = lambda row: int(m[1]) if (m := re.search(r', px (\d+)$', row)) else px
+    name = lambda row: f'{re.sub(", px [0-9]+$", "", row).replace(", imagenet", "")} at {side(row)} px'
+    than = t[(t.metric == 'auc_macro') & (t.row == d.than.iloc[0])].iloc[0]
+    most = max(map(side, d.row)) if finest else 0
+    each = ', '.join(f'{name(r.row)} {numbers(r)}' for r in d.itertuples() if side(r.row) >= most)
+    runs = f'{int(than.n_units)} patients, {int(than.n_seeds)} runs'
+    return f'{name(than.row)}, fine-tuned: {cell(than)}, {runs}; minus it, {each}; no claim is made'
 
 # %% ../../nbs/appendix/paper/answers.ipynb #855c2017
 QUESTIONS = dict(
@@ -257,7 +266,8 @@ def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evi
         more = {e: '; '.join(filter(None, (f'{int(found[e][0].n_units)} patients', beside(e, q)))) for e in said}
         out[words] = [(e, f'{expected(e, q)}{text}, {more[e]}') for e, text in said.items()]
     out['Is a model fit to be deployed?'] = [(e, v) for e in evidence if (v := verdict_of(e))]
-    out['Why is it hard?'] = [(e, s) for e in evidence if e.kind != 'recipe' and (s := why_hard(e))]
+    out['Do finer pixels or a larger network help?'] = [(e, s) for e in evidence if (s := finer_compared(e))]
+    out['Why is it hard?'] = [(e, s) for e in evidence if e.kind not in ('recipe', 'finer') and (s := why_hard(e))]
     return out
 
 # %% ../../nbs/appendix/paper/answers.ipynb #ff0a6ee2
@@ -276,6 +286,7 @@ def short_answers(evidence=EVIDENCE, plan=None) -> str:
         planted = [(e, text) for e, text in said if e.kind == 'planted' and 'passed' not in text]
         short = lambda text: text.replace('multi-task minus single-task ', '')
         real += [f'*{e.short}*: {text}.' for e, text in said if e.kind == 'recipe']
+        real += [f'*Real*: {finer_compared(e, finest=True)}.' for e, text in said if e.kind == 'finer']
         known = '; '.join(f'{e.short}, {short(text)}' for e, text in planted)
         missed = any('expected better' in text and 'found better' not in text for _, text in planted)
         noted = ['The planted gain was not found: nothing here shows that a true one would be.'] * missed
@@ -290,7 +301,6 @@ SHOWN = (  # table, its row, what to call it where one table says all
     (4, 'MoCo, single-task', 'ImageNet, then MoCo'),
     (4, 'inpainting, single-task', 'ImageNet, then inpainting'),
     (4, 'ImageNet, frozen features', 'ImageNet, not fine-tuned'),
-    (2, 'tf_efficientnet_lite0, imagenet, frozen features, px 384', 'ImageNet, not fine-tuned, 384 px'),
     (2, BASELINE_NAMES['metadata'], 'no image: all metadata'),
 )
 

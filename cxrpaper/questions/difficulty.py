@@ -310,6 +310,7 @@ def draw_labels(p, unit, n_draws: int, seed: int = 0) -> np.ndarray:  # (N,4), (
 def null_labels(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False) -> pd.DataFrame:
     "Labels drawn from the calibrated probabilities of predictions, of validation rows too: a row an image, a column a draw."
     both = pd.concat([calibrated(f, leaky, ('val', 'test')) for f in frames], ignore_index=True)
+    both['image'] = both.image.astype(str)
     p = pd.DataFrame(probabilities(both)).groupby([both.split, both.image]).mean()
     p = p.reset_index().sort_values(['split', 'image']).drop_duplicates('image').set_index('image')  # test before val
     who = both.drop_duplicates('image').set_index('image')[unit]
@@ -321,14 +322,15 @@ def redrawn(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leak
     "The same predictions under the labels of each draw."
     for _, label in null_labels(frames, n_draws, seed, unit, leaky).items():
         # images of a study may differ by chance here: each is a study of its own
-        yield [f.assign(label=f.image.map(label), study=f.image) for f in frames]
+        yield [f.assign(label=f.image.astype(str).map(label), study=f.image) for f in frames]
 
-
+# %% ../../nbs/appendix/questions/difficulty.ipynb #7088cde3
 def null_probabilities(frames: list, labels: pd.DataFrame, images):  # labels: from `null_labels`; images: (N,), tested
     "Under the labels of each draw the calibrated probabilities of these images, (N,4): what `noise_cases` gives of `redrawn`, from arrays."
     parts, row = [], pd.Series(np.arange(len(labels)), labels.index)
     for f in frames:
-        z, at, val = f[LOGITS].to_numpy(float), row[f.image].to_numpy(), (f.split == 'val').to_numpy()
+        f = f[f.split.isin(('val', 'test'))]
+        z, at, val = f[LOGITS].to_numpy(float), row[f.image.astype(str)].to_numpy(), (f.split == 'val').to_numpy()
         of = [(f.fold == k).to_numpy() for k in f.fold.unique()] if val.any() else [np.ones(len(f), bool)]
         parts += [(z[k & val], at[k & val], z[k & ~val], at[k & ~val]) for k in of]
     for y in labels.to_numpy().T:

@@ -195,7 +195,7 @@ def write_run(run, data, task, watching, p):  # into `run.partial`, then to `run
     for name, rows in (('history', watching.history), ('probes', watching.probes)):
         write_csv(folder / f'{name}.csv', pd.DataFrame(rows))
     write_csv(folder / 'corpus.csv', data.table)
-    settings = {k: v for k, v in vars(p).items() if k not in ('data_root', 'labelled_root', 'workers', 'run')}
+    settings = {k: v for k, v in vars(p).items() if k not in ('data_root', 'labelled_root', 'workers', 'run', 'log')}
     out = excluded_counts(data.table)
     about = dict(settings=settings, corpus=data.corpus.name, px=p.px)
     about |= dict(n_used=len(data.rows), n_out=sum(out.values()), why_out=out)
