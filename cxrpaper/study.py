@@ -338,8 +338,10 @@ def pretraining_runs(
 ) -> dict:  # run folder -> (method, parameters of its notebook 03_*)
     "Every pre-training that the rows of a study start from: `pretraining.seeds` for each method and architecture, on a corpus from which everything labelled is excluded."
     pairs = dict.fromkeys((r['pretrain'], r['arch']) for r in all_rows(study) if r['pretrain'] in our_methods())
-    labelled = {f'labelled_{k.removeprefix("data_")}': v for k, v in saved_cohort(study).items()}
-    base = {k: study[k] for k in ('profile', 'px', 'n_folds')} | labelled | dict(fold=None)
+    labelled = saved_cohort(study)
+    base = {k: study[k] for k in ('profile', 'px', 'n_folds')} | dict(
+        labelled_root=labelled['data_root'], labelled_adapter=labelled['adapter'], fold=None
+    )
     return {
         pretraining_run(study, m, a, k): (
             m,
@@ -376,11 +378,11 @@ def runs_by_seed(study, row) -> list:  # one dict for each seed: run folder -> p
     first = [k % starts if row.get('head') == 'logistic' else k for k in range(len(study['seeds']))]
     return [
         {
-            f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=s)}": row_params(study, row, k)
-            | dict(fold=f, seed=s)
+            f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=study['seeds'][k])}": row_params(study, row, k)
+            | dict(fold=f, seed=study['seeds'][k])
             for f in study['folds']
         }
-        for k, s in ((k, study['seeds'][k]) for k in first)
+        for k in first
     ]
 
 

@@ -127,21 +127,28 @@ def bare_step(p):
     return step
 
 
+def epochs_of(kind, p, n, d):  # n: steps an epoch; d: folder of the checkpoint
+    "A function that trains some epochs from the start, and the seconds of each."
+    timing = Timing()
+    learn = learner(kind, p, DEVICE, Path(d) / 'checkpoint', n * p.batch_size, timing)
+    learn.lr = 1e-5
+    for watching in learn.cbs:
+        watching.progress = False
+
+    def ours(epochs=1):
+        (Path(d) / 'checkpoint').unlink(missing_ok=True)
+        learn.fit(epochs)
+
+    return ours, timing
+
+
 def steps():
     "Fine-tuning from store to optimiser, records included, against a bare loop."
     for arch in dict(cuda=('densenet121', 'tf_efficientnet_lite0'), cpu=('tf_efficientnet_lite0', 'resnet18'))[DEVICE]:
         p = all_params('finetune', dict(profile='smoke', arch=arch, pretrain='none', px=PX, batch_size=32))
-        step, n, timing = bare_step(p), 4, Timing()
+        step, n = bare_step(p), 4
         with tempfile.TemporaryDirectory() as d:
-            learn = learner('finetune', p, DEVICE, Path(d) / 'checkpoint', n * p.batch_size, timing)
-            learn.lr = 1e-5
-            for watching in learn.cbs:
-                watching.progress = False
-
-            def ours():
-                (Path(d) / 'checkpoint').unlink(missing_ok=True)
-                learn.fit(1)
-
+            ours, timing = epochs_of('finetune', p, n, d)
             t = interleaved(ours, lambda: [step() for _ in range(n)], 7)
             t[:, 0] = [s for s, _ in timing.seconds[-7:]]  # training only: the bare loop does not validate
         name = f'training {arch}, {PX} px, batch {p.batch_size}'
@@ -154,18 +161,7 @@ N_STEPS = 6
 
 def moco_ours(d):
     "A function that makes an epoch of N_STEPS, and the seconds that each took."
-    given = MOCO | dict(profile='smoke', pretrain='none')
-    p, timing = all_params('moco', given), Timing()
-    learn = learner('moco', p, DEVICE, Path(d) / 'checkpoint', N_STEPS * p.batch_size, timing)
-    learn.lr = 1e-5
-    for watching in learn.cbs:
-        watching.progress = False
-
-    def ours():
-        (Path(d) / 'checkpoint').unlink(missing_ok=True)
-        learn.fit(1)
-
-    return ours, timing
+    return epochs_of('moco', all_params('moco', MOCO | dict(profile='smoke', pretrain='none')), N_STEPS, d)
 
 
 def moco_lightly():
@@ -416,12 +412,10 @@ def scaling():
             return seconds(lambda: build_store(cohort, 64, Path(d) / 'store' / 's', workers=0))
 
     def step_seconds(kind, **given):
-        p, timing = all_params(kind, dict(profile='smoke', pretrain='none') | given), Timing()
+        p = all_params(kind, dict(profile='smoke', pretrain='none') | given)
         with tempfile.TemporaryDirectory() as d:
-            learn = learner(kind, p, DEVICE, Path(d) / 'c', 4 * p.batch_size, timing)
-            for watching in learn.cbs:
-                watching.progress = False
-            learn.fit(3)
+            ours, timing = epochs_of(kind, p, 4, d)
+            ours(3)
         return min(s for s, _ in timing.seconds) / (4 * p.batch_size)
 
     hashes = rng(0, 'hashes').integers(0, 2**63, (30_000, 13)).astype(np.uint64)

@@ -272,7 +272,8 @@ def calibrated(
     out, _ = scale_folds(df, fit_best, leaky, splits)
     p = probabilities(out)
     for k, y in df[df.split == 'val'].groupby('fold').label:
-        p[i] = vouched(p[i], y) if (i := (out.fold == k).to_numpy()).any() else p[i]
+        i = (out.fold == k).to_numpy()
+        p[i] = vouched(p[i], y)
     return out.assign(**dict(zip(LOGITS, p.T)))
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #a0a651ff
