@@ -129,10 +129,8 @@ def backbone_differences(study: dict, how: Resampling = DEFAULT) -> pd.DataFrame
     "Each model of Table 2 minus the one that the study file names (`table2_than`), paired; no row where it names none."
     if not study['table2_than']:
         return pd.DataFrame(columns=DIFFERENCES)
-    frames, than = (
-        {backbone_title(r): row_frames(study, r) for r in study['table2']},
-        backbone_title(study['table2_than']),
-    )
+    than = backbone_title(study['table2_than'])
+    frames = {backbone_title(r): row_frames(study, r) for r in study['table2']}
     return differences(frames, [(k, than, 'backbone') for k in frames if k != than], how)
 
 # %% ../../nbs/appendix/paper/tables.ipynb #28dc42e4
