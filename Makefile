@@ -128,10 +128,16 @@ $(UV):
 	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 \
 	    || { rm -rf .uv; echo "uv could not be installed: is the Python package index within reach?" >&2; exit 1; }
 
-.venv/installed: requirements.lock setup.py settings.ini tests/needs_quarto.sh $(UV)
+# what the environment is made of; the first `make` of several at once makes it, the others wait and find it made
+ENVIRONMENT = requirements.lock setup.py settings.ini tests/needs_quarto.sh
+ifndef MAKING
+.venv/installed: $(ENVIRONMENT)
+	@$$(command -v flock >/dev/null && echo flock setup.py) $(MAKE) --silent MAKING=1 .venv/installed
+else
+.venv/installed: $(ENVIRONMENT) $(UV)
 	@avail=$$(df -Pk . | awk 'NR==2 {print int($$4/1048576)}'); [ -x .venv/bin/python ] || [ "$$avail" -ge 8 ] || { echo "too little room: $$avail GiB free here, the environment takes about 6 GiB (PyTorch with CUDA)" >&2; exit 1; }
 	@echo "environment 2/4: .venv with Python >= 3.11"
-	@$(UV) venv --quiet --clear --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable if (3, 11) <= sys.version_info < (3, 14) else ">=3.11,<3.14")')" .venv \
+	@.venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || $(UV) venv --quiet --clear --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable if (3, 11) <= sys.version_info < (3, 14) else ">=3.11,<3.14")')" .venv \
 	    || { echo "no Python from 3.11 to 3.13 was found and none could be downloaded: install one, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "environment 3/4: the locked packages"
 	@$(UV) pip sync --python .venv --require-hashes requirements.lock
@@ -140,3 +146,4 @@ $(UV):
 	@mkdir -p .venv/etc/ipython && echo 'c.IPKernelApp.log_level = 40  # else each kernel warns that it listens on this machine without encryption' > .venv/etc/ipython/ipython_kernel_config.py
 	@for c in nbdev_docs nbdev_preview nbdev_readme; do cp tests/needs_quarto.sh $(BIN)/$$c; done
 	@touch $@
+endif

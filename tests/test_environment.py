@@ -130,6 +130,28 @@ def test_the_corpus_is_fetched_where_nothing_was_made_before():
     assert '-p parts 2 ' in fetch and fetch.endswith('-p mirror "/some where/nih"')
 
 
+@pytest.mark.skipif(shutil.which('flock') is None, reason='without flock two of them are not kept apart')
+@pytest.mark.parametrize('usable, asked', [(True, ['sync', 'install']), (False, ['venv', 'sync', 'install'])])
+def test_two_makes_at_once_make_one_environment(usable, asked, tmp_path):
+    "A stand-in for uv notes what it is asked for; an environment that can be used is changed, not made anew under those who use it."
+    for f in ('requirements.lock', 'setup.py', 'settings.ini', 'tests/needs_quarto.sh', '.uv/bin/uv'):
+        (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f).touch()
+    (tmp_path / '.uv/bin/uv').write_text('#!/bin/sh\ncase $1 in venv) echo venv;; *) echo $2;; esac >>asked\nsleep .3\n')
+    (tmp_path / '.venv/bin').mkdir(parents=True)
+    (tmp_path / '.venv/bin/python').write_text(f'#!/bin/sh\nexit {int(not usable)}\n')
+    for f in ('.uv/bin/uv', '.venv/bin/python'):
+        (tmp_path / f).chmod(0o755)
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+    make = ['make', f'PYTHON={sys.executable}', '.venv/installed']
+    both = [subprocess.Popen(make, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [p.communicate() + (p.returncode,) for p in both]
+    assert [r for *_, r in said] == [0, 0], said
+    assert (tmp_path / 'asked').read_text().split() == asked, said
+    again = subprocess.run(make, cwd=tmp_path, capture_output=True, check=True, text=True)
+    assert 'environment' not in again.stdout and (tmp_path / 'asked').read_text().split() == asked
+
+
 def test_clean_removes_nothing_that_was_fetched_or_given(tmp_path):
     made = ('runs/x', 'data/phantom/x', 'data/stores/x')
     kept = ('data/open/images/x.png', 'data/weights/x.safetensors', 'data/pseudonyms.key', 'figures/x.csv')

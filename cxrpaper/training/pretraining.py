@@ -23,7 +23,7 @@ from ..data.readers import read_cohort
 from ..data.store import build_store
 from ..models.nets import Encoder, describe
 from ..models.weights import load_pretrained, release_weights, save_weights
-from ..runs import begin, finish, project_root, resolve, torch_generator, write_csv
+from ..runs import begin, finish, keyed, project_root, resolve, torch_generator, write_csv
 from .augment import PRESETS, augment
 from .corpora import corpus_record, exclude, excluded_counts, held_out_rows
 from cxrpaper.training.loop import (
@@ -195,9 +195,8 @@ def write_run(run, data, task, watching, p):  # into `run.partial`, then to `run
     for name, rows in (('history', watching.history), ('probes', watching.probes)):
         write_csv(folder / f'{name}.csv', pd.DataFrame(rows))
     write_csv(folder / 'corpus.csv', data.table)
-    settings = {k: v for k, v in vars(p).items() if k not in ('data_root', 'labelled_root', 'workers', 'run', 'log')}
     out = excluded_counts(data.table)
-    about = dict(settings=settings, corpus=data.corpus.name, px=p.px)
+    about = dict(settings=keyed(p), corpus=data.corpus.name, px=p.px)
     about |= dict(n_used=len(data.rows), n_out=sum(out.values()), why_out=out)
     release_weights(model.encoder, folder, task.card | about)
     save_weights(model, folder / 'model.safetensors')

@@ -33,6 +33,7 @@ from cxrpaper.runs import (
     as_parameters,
     code_digest,
     energy,
+    keyed,
     load_run,
     page_of,
     provenance,
@@ -330,11 +331,8 @@ def is_done(run, kind, p, digests) -> bool:  # digests: kind -> code digest
     made = provenance_of(run)
     if made is None or made['code'] != digests[kind]:
         return False
-    return all(
-        made['params'].get(k) == v
-        for k, v in vars(p).items()
-        if k not in ('weights', 'run', 'workers', 'data_root', 'labelled_root') and (k, v) != ('precision', None)
-    )
+    wanted = [(k, v) for k, v in keyed(p).items() if k != 'weights' and (k, v) != ('precision', None)]
+    return all(made['params'].get(k) == v for k, v in wanted)
 
 # %% ../../nbs/appendix/training/throughput.ipynb #8ef331c6
 def frozen(key: tuple) -> tuple:  # from `cost_key`
