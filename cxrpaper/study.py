@@ -249,7 +249,7 @@ def notebook_defaults(kind: str) -> dict:  # such as 'finetune': the module trai
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
     return {node.target.id: ast.literal_eval(node.value) for node in nodes}
 
-
+# %% ../nbs/appendix/machine/study.ipynb #2a950d42
 SHARED = {'profile', 'data_root', 'adapter', 'labelled_root', 'labelled_adapter', 'n_folds', 'fold', 'seed', 'run'}
 
 
@@ -263,7 +263,7 @@ def check_settings(given: dict, kind: str, bad):  # kind: as for `notebook_defau
         hint = f'did you mean {near[0]}?' if near else f'give parameters of {page_of(f"training.{kind}").stem}'
         raise bad(f'{odd} is no parameter', hint)
 
-
+# %% ../nbs/appendix/machine/study.ipynb #2a6fb9bf
 def check_rows(study, file):
     "InputError for a setting or a row that sets what is no parameter, or whose runs could not be named."
     for kind in ('finetune', *our_methods()):

@@ -2,6 +2,7 @@
 
 Everything is a ratio of two things that alternate in one run, each with the lowest and the highest; absolute figures belong to the machine. Nothing here is a test: a slow machine is no fault."""
 
+import importlib
 import os
 import platform
 import resource
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +159,7 @@ def steps():
 
 
 MOCO = dict(arch='tf_efficientnet_lite0', batch_size=16, queue=128, px=PX)
-N_STEPS = 6
+N_STEPS = 20  # an epoch: lightly's workers begin anew at each, so few steps would flatter ours
 
 
 def moco_ours(d):
@@ -215,35 +218,43 @@ def moco_lightly():
     return theirs
 
 
-def peak(whose, told):
-    "What `memory` watches in a process of its own: three epochs; `told` hears of the end."
+def held(one):  # psutil.Process -> MiB
+    "What a process and its workers hold, each shared page counted once (proportional set size)."
+    sizes = []
+    for p in [one, *one.children(recursive=True)]:
+        with suppress(psutil.Error):  # it has ended meanwhile
+            sizes.append(p.memory_full_info().pss)
+    return sum(sizes) / 2**20
+
+
+def two_epochs(whose, told):
+    "What `memory` watches in a process of its own; `told` hears when everything is imported, and of the end."
     torch.set_num_threads(1)
+    importlib.import_module(dict(ours='cxrpaper.training.moco', lightly='lightly.transforms')[whose])
+    told.send('imported')
     with tempfile.TemporaryDirectory() as d:
         step = moco_ours(d)[0] if whose == 'ours' else moco_lightly()
-        for _ in range(3):
+        for _ in range(2):
             step()
     told.send('ended')
 
 
 def memory(whose):
-    "Highest MiB of a process and its workers, each shared page counted once (proportional set size), read twenty times a second."
-    from multiprocessing import get_context
-
+    "Highest MiB above what the imports take (this file imports the whole package for both), read twenty times a second."
     told, telling = get_context('spawn').Pipe(duplex=False)
-    process = get_context('spawn').Process(target=peak, args=(whose, telling))
+    process = get_context('spawn').Process(target=two_epochs, args=(whose, telling))
     process.start()
-    most, one = 0, psutil.Process(process.pid)
+    one = psutil.Process(process.pid)
     while not told.poll(0.05) and process.is_alive():
-        sizes = []
-        for p in [one, *one.children(recursive=True)]:
-            try:
-                sizes.append(p.memory_full_info().pss)
-            except psutil.Error:  # it has ended meanwhile
-                pass
-        most = max(most, sum(sizes))
+        pass
+    before = most = held(one)
+    if process.is_alive():
+        told.recv()
+    while not told.poll(0.05) and process.is_alive():
+        most = max(most, held(one))
     process.join()
     assert process.exitcode == 0, f'{whose} ended with {process.exitcode}'
-    return most / 2**20
+    return most - before
 
 
 def moco():
@@ -258,7 +269,7 @@ def moco():
     ours, other = np.median(most, 0)
     ratio = most[:, 1] / most[:, 0]
     spread = dict(ratio=float(np.median(ratio)), lo=float(ratio.min()), hi=float(ratio.max()), n=len(most))
-    note = 'ratio: theirs to ours; proportional set size'
+    note = 'ratio: theirs to ours; proportional set size above the imports'
     yield (
         dict(what=f'memory of {name}', against='lightly, two workers', ours=ours, other=other, unit='MiB')
         | spread

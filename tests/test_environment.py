@@ -137,7 +137,9 @@ def test_two_makes_at_once_make_one_environment(usable, asked, tmp_path):
     for f in ('requirements.lock', 'setup.py', 'settings.ini', 'tests/needs_quarto.sh', '.uv/bin/uv'):
         (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f).touch()
-    (tmp_path / '.uv/bin/uv').write_text('#!/bin/sh\ncase $1 in venv) echo venv;; *) echo $2;; esac >>asked\nsleep .3\n')
+    (tmp_path / '.uv/bin/uv').write_text(
+        '#!/bin/sh\ncase $1 in venv) echo venv;; *) echo $2;; esac >>asked\nsleep .3\n'
+    )
     (tmp_path / '.venv/bin').mkdir(parents=True)
     (tmp_path / '.venv/bin/python').write_text(f'#!/bin/sh\nexit {int(not usable)}\n')
     for f in ('.uv/bin/uv', '.venv/bin/python'):
