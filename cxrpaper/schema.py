@@ -64,6 +64,7 @@ METHODS = dict(
     imagenet=Method('ImageNet'),
     moco=Method('MoCo', ours=True, loss=('train_loss', 'InfoNCE')),
     inpainting=Method('inpainting', ours=True, loss=('train_hole', 'absolute error in the holes')),
+    file=Method('published'),  # of others, in the file that the parameter weights names
 )
 
 

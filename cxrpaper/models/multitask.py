@@ -91,7 +91,7 @@ class MultiTask(Classifier):
     ) -> tuple:  # logits (N, n_classes), mask logits (N, 1, H, W)
         maps = self.encoder(x)
         masks = self.segmentation_head(self.decoder(feature_pyramid(self.encoder, x, maps)))
-        return self.head(self.drop(maps[-1].mean((2, 3)))), masks
+        return self.head(self.drop(maps[-1].float().mean((2, 3)))), masks
 
 # %% ../../nbs/appendix/models/multitask.ipynb #7fb27b941602401d91542211134fc71a
 def check_multitask(

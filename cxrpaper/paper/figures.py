@@ -224,7 +224,7 @@ def draw_labels(
     ax, g, kind: str, aside: float
 ):  # g: lines of one pre-training; aside: factor, so that they stand side by side
     "Macro AUC of one pre-training over the shares of the labels."
-    colour, marker, line = PRETRAINED[kind]
+    colour, marker, line = PRETRAINED.get(kind, PRETRAINED[METHODS['file'].title])
     style = dict(color=colour, marker=marker, ls=line, ms=4, capsize=2, elinewidth=0.7)
     ax.errorbar(g.labels * aside, g.value, [g.value - g.lo, g.hi - g.value], label=kind, **style)
 

@@ -265,11 +265,13 @@ def task_of(row) -> tuple:
 def against(
     rows: dict,  # title -> row, of Table 4
 ) -> list:  # (row, row to compare with, question)
-    "Each pre-training against none, and each of ours against ImageNet, for the same task."
+    "Each pre-training against none, and each on radiographs against ImageNet, for the same task."
     by = {(r['pretrain'], *task_of(r)): k for k, r in rows.items()}
     pairs = [(k, by.get(('none', *task_of(r))), 'from scratch') for k, r in rows.items() if r['pretrain'] != 'none']
     pairs += [
-        (k, by.get(('imagenet', *task_of(r))), 'ImageNet') for k, r in rows.items() if r['pretrain'] in our_methods()
+        (k, by.get(('imagenet', *task_of(r))), 'ImageNet')
+        for k, r in rows.items()
+        if r['pretrain'] not in ('none', 'imagenet')
     ]
     return [p for p in pairs if p[1]]
 

@@ -117,6 +117,9 @@ class ClassLogits(nn.Module):
                 field='model',
                 hint='give a Classifier or MultiTask, such as load_model returns',
             )
+        if model.encoder.tokens:
+            problem = f'the head of {model.encoder.arch} does not read the mean of a map'
+            raise InputError(problem, field='model', hint='use a convolutional architecture, such as resnet18')
         self.encode, self.head, self.last_map = (
             lambda x: model.encoder(x)[-1],
             copy.deepcopy(model.head),

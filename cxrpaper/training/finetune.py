@@ -83,7 +83,7 @@ def pretrained_file(
     cohort,
     folds,  # the labelled radiographs and their folds
 ) -> Path:  # None where pre-training is 'none' or 'imagenet'
-    "The weights of our own pre-training that a run starts from, found before any work; InputError where they may have seen the test fold."
+    "The weights of a pre-training that a run starts from, found before any work; InputError where ours may have seen the test fold."
     if p.pretrain in ('none', 'imagenet'):
         return None
 

@@ -30,7 +30,7 @@ from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from torch import distributed as dist
 
-from ..models.nets import autocast_for, fastest, precision_of
+from ..models.nets import Encoder, autocast_for, fastest, precision_of
 from ..runs import InputError, atomic, rng, show_path, torch_generator
 
 # %% ../../nbs/appendix/training/loop.ipynb #b453cad3
@@ -395,14 +395,13 @@ def evaluating(model: torch.nn.Module):
 
 
 def embed(
-    encoder: torch.nn.Module,  # (B,1,px,px) in [0,1] -> list of maps, such as `Encoder`
+    encoder: Encoder,
     batches: Batches,  # in order (seed None)
     change=lambda x: x,  # done to each batch in [0,1], such as an augmentation
 ) -> np.ndarray:  # (N,D) float32, in the order of `batches.rows`
-    "The pooled last map of every image, in evaluation mode; the mode of the encoder is left as it was."
+    "What a head would read of every image (`Encoder.pooled`), in evaluation mode; the mode of the encoder is left as it was."
     if batches.seed is not None:
         raise InputError('shuffled batches have no order', field='batches.seed', hint='use seed=None')
     with evaluating(encoder), autocast_for(batches.device, precision_of(encoder)):
-        return torch.cat(
-            [encoder(change(x.float().div_(255)))[-1].float().mean((2, 3)).cpu() for x, *_ in batches]
-        ).numpy()
+        parts = [encoder.pooled(change(x.float().div_(255))).float().cpu() for x, *_ in batches]
+    return torch.cat(parts).numpy()

@@ -112,7 +112,7 @@ from fastcore.basics import patch
 @patch
 def features(self: MoCo, encoder, head, x: Tensor) -> Tensor:  # (B, dim), float32 also under autocast
     "What contrast compares: the pooled last map through the head, normalised."
-    z = in_groups(lambda part: head(encoder(part)[-1].mean((2, 3))), x, max(1, self.groups // rank_and_world()[1]))
+    z = in_groups(lambda part: head(encoder.pooled(part)), x, max(1, self.groups // rank_and_world()[1]))
     return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
 
 # %% ../../nbs/appendix/training/moco.ipynb #526e5683
