@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from cxrpaper.data.folds import assign_folds
 from cxrpaper.models.multitask import check_multitask
 from cxrpaper.models.nets import Classifier, Encoder, check_arch
 from cxrpaper.models.weights import EVA_X, load_pretrained, load_weights, save_weights
+from cxrpaper.paper.predict import sheet_figure
 from cxrpaper.questions.saliency import ClassLogits
 from cxrpaper.runs import InputError
 from cxrpaper.training.finetune import fit_head, pretrained_file, split_rows
@@ -254,3 +256,11 @@ def test_a_head_is_solved_on_a_published_encoder(tmp_path):
     model, history, source, *_ = fit_head(images, table, rows, p)
     assert source['layout'] == 'eva_x' and source['statistics'] == pytest.approx(EVA_X, abs=1e-8)
     assert history.val_auc_macro[0] > 0.9
+
+
+@pytest.mark.parametrize('cam, panels', [(None, 4), (np.zeros((8, 8)), 5)])
+def test_a_sheet_has_a_heat_map_only_where_there_is_one(cam, panels):
+    r = SimpleNamespace(store=SimpleNamespace(images=np.zeros((5, 8, 8), np.uint8)), labels=np.zeros(5, int))
+    case = dict(image=np.zeros((8, 8), np.uint8), p=np.full(4, 0.25), cam=cam, mask=None, near=[0, 1, 2])
+    titles = [ax.get_title() for ax in sheet_figure(r, case).axes]
+    assert len(titles) == panels and any('Grad-CAM' in t for t in titles) == (cam is not None)

@@ -114,7 +114,9 @@ def read_images(r: Reading, images) -> list:  # (n,px,px) uint8 -> a dictionary 
     scores = LOSSES[r.params.loss]().scores  # as training took them
     z = predict(r.model, batches(), scores, on_masks=lambda rows, m: masks.append(m))
     scaled = r.scaling(pd.DataFrame(z, columns=LOGITS))
-    p, sets, cams = probabilities(scaled), set_of(r, scaled), grad_cam(r.model, batches(), 'predicted')
+    p, sets = probabilities(scaled), set_of(r, scaled)
+    # the head of a vision transformer reads no map, so there is none to weigh
+    cams = [None] * len(images) if r.model.encoder.tokens else grad_cam(r.model, batches(), 'predicted')
     means = map_means(r.model.encoder, images)
     near, _ = nearest(means[:, -r.bank.shape[1] :], r.bank, min(3, len(r.bank)))
     far = r.usual.mahalanobis(means)
@@ -127,13 +129,14 @@ NOTICE = 'Research use only. Not for diagnosis: this model is not fit to be depl
 
 
 def sheet_figure(r: Reading, case: dict):  # matplotlib Figure
-    "The radiograph, the heat map of the decided class, the mask if the model draws one, and the nearest training images."
+    "The radiograph, the heat map of the decided class if the head reads a map, the mask if the model draws one, and the nearest training images."
     import matplotlib.pyplot as plt
 
-    n, about = 6 if case['mask'] is not None else 5, 'radiograph, heat map and nearest training images'
-    fig, axs = plt.subplots(1, n, figsize=(10, 2.2), layout='constrained', label=about)
-    panels = {'radiograph': case['image'], f'Grad-CAM: {CLASSES[case["p"].argmax()]}': case['cam']}
-    panels |= {} if case['mask'] is None else {'mask': case['mask']}
+    cam = f'Grad-CAM: {CLASSES[case["p"].argmax()]}'
+    panels = {'radiograph': case['image'], cam: case['cam'], 'mask': case['mask']}
+    panels = {k: v for k, v in panels.items() if v is not None}
+    about = 'radiograph, heat map and nearest training images'
+    fig, axs = plt.subplots(1, len(panels) + len(case['near']), figsize=(10, 2.2), layout='constrained', label=about)
     for ax, (title, top) in zip(axs, panels.items()):
         ax.imshow(case['image'], cmap='gray')
         if title != 'radiograph':
