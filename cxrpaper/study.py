@@ -6,13 +6,14 @@
 __all__ = ['STUDY', 'SHARED', 'CORPUS', 'phantom_root', 'checked', 'also', 'backbone_title', 'row_title', 'pretrain_title',
            'StudyLoader', 'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows', 'all_rows',
            'notebook_defaults', 'check_settings', 'check_rows', 'check_tables', 'check_pretraining', 'check_readiness',
-           'saved_cohort', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'row_params', 'runs_by_seed',
-           'row_runs', 'label_runs', 'grid', 'papermill_yaml']
+           'saved_cohort', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'corpus_state', 'row_params',
+           'runs_by_seed', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
 import difflib
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -375,6 +376,18 @@ def pretraining_run(
     seeds = pretraining_seeds(study)
     k %= len(seeds)
     return f"runs/{study['name']}/{method}/{arch}" + (f'-seed{seeds[k]}' if k else '')
+
+# %% ../nbs/appendix/machine/study.ipynb #c8d817b5
+@cache
+def corpus_state(*paths) -> str:  # of folders or files, or None; 64 hex digits
+    "Digest of the names, sizes and times of all files, without those whose names begin with a dot: it changes where a file is edited, added or removed. Looked at once by each process."
+    found = []
+    for path in (resolve(p) for p in paths if p):
+        files = [path] if path.is_file() else [Path(d, f) for d, _, names in os.walk(path) for f in names]
+        own = [f for f in files if not f.name.startswith('.')]
+        facts = ((f.relative_to(path.parent).as_posix(), f.lstat()) for f in own)
+        found.append(sorted((name, s.st_size, s.st_mtime_ns) for name, s in facts))
+    return digest(found)
 
 # %% ../nbs/appendix/machine/study.ipynb #888e626d
 def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the runs of a row share; k: which seed or draw
