@@ -165,8 +165,8 @@ def judged_runs(
 def check_evidence(t: pd.DataFrame, first: pd.DataFrame, classes: tuple, prefix: str):  # first: judged rows of a run
     "InputError where no interval would mean anything, or where a column is no class."
     bad = lambda problem, field, hint: InputError(problem, file=t.attrs['file'], field=f'column {field}', hint=hint)
-    if pair := alike(t.patient):
-        problem = f'{pair[0]!r} and {pair[1]!r} differ only by spaces or case'
+    if pair := alike(t.patient, zeros=True):
+        problem = f'{pair[0]!r} and {pair[1]!r} differ only by spaces, case or zeros in front'
         raise bad(problem, 'patient', 'write a patient the same way everywhere')
     if first.patient.nunique() < 2:
         raise bad('one patient: an interval needs at least 2', 'patient', 'judge more patients')
