@@ -1,11 +1,11 @@
 # The study as a graph of papermill runs. Which runs there are: config/*.yaml, read by the module study (notebook 00_study).
 # A job executes one notebook; its output is the executed notebook, moved into place when it ran to its end.
-# It runs again when its parameters change, or the code of its notebook or modules (prose and times of files do not count), or what other jobs gave it.
+# It runs again when its parameters change, or the code of its notebook or modules (prose and times of sources do not count), or what other jobs gave it, or a file of the corpus that it reads.
 import functools, shlex
 from snakemake.exceptions import WorkflowError
 from cxrpaper.runs import KERNELS, digest, job_digest, page_of, project_root
 from cxrpaper.schema import our_methods
-from cxrpaper.study import evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs, saved_cohort
+from cxrpaper.study import corpus_state, evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs, saved_cohort
 
 STUDY = config.get('study', 'config/smoke.yaml')
 study = read_study(STUDY)
@@ -19,6 +19,7 @@ PRETRAINED = pretraining_runs(study) # of which MODELS may start
 PRETRAINING = {m: f'training.{m}' for m in our_methods()} # the modules of their notebooks
 EVALUATED = evaluated_rows(study) # the first of them in depth
 PHANTOMS = {k: v for k,v in dict(pretraining=PRETRAINED and study['pretraining'], external=EVALUATED and study['readiness']['external']).items() if v and v['phantom'] is not None} # further ones
+def brought_to_readiness(): return [(study['readiness']['external'] or {}).get('data_root') if not made('external') else None, *(study['readiness'].get(k) for k in ('readers', 'reread'))]
 def made(kind): return [f'{RUNS}/{kind}_phantom.ipynb'] if kind in PHANTOMS else []
 
 # A job that an interrupted study has left running on a cluster is waited for, not doubled.
@@ -81,7 +82,7 @@ rule cohort:
     priority: 2
     input: nb=page('data.cohort'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
-    params: code=code('data.cohort'), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
+    params: code=code('data.cohort'), data=lambda w: None if PHANTOM else corpus_state(study['data_root']), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
     log: f'{RUNS}/logs/cohort.log'
     threads: DECODING
     shell: CPU
@@ -115,7 +116,7 @@ rule pretrain:
     output: f'{RUNS}/{{method}}/{{arch}}/pretraining.ipynb'
     priority: 1 # many models wait for it
     wildcard_constraints: method='|'.join(PRETRAINING)
-    params: code=lambda w: code(PRETRAINING[w.method]), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
+    params: code=lambda w: code(PRETRAINING[w.method]), data=lambda w: None if made('pretraining') else corpus_state(study['pretraining']['data_root']), y=lambda w: yaml_for(**{k: v for k,v in PRETRAINED[f'{RUNS}/{w.method}/{w.arch}'][1].items() if k != 'profile'}, run=f'{RUNS}/{w.method}/{w.arch}')
     log: f'{RUNS}/logs/{{method}}/{{arch}}.log'
     threads: study['threads']
     resources: **COST
@@ -165,7 +166,7 @@ if EVALUATED:
         input: nb=page('questions.readiness'), study=STUDY, reported='config/reported.csv', baselines=f'{RUNS}/baselines.ipynb', external=made('external'),
                models=[f'{m}/04_finetune.ipynb' for row in [*EVALUATED, *leaking_rows(study).values()] for m in row_runs(study, row)]
         output: f'{RUNS}/readiness.ipynb'
-        params: code=code('questions.readiness'), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
+        params: code=code('questions.readiness'), data=lambda w: corpus_state(*brought_to_readiness()), y=yaml_for(study=STUDY, out=study['figures'], missing='error')
         log: f'{RUNS}/logs/readiness.log'
         threads: study['threads']
         resources: **COST

@@ -6,9 +6,9 @@
 __all__ = ['NO_WRITING', 'KERNELS', 'BOOK', 'UNKEYED', 'InputError', 'project_root', 'resolve', 'show_path', 'extra_of',
            'lacking', 'needs', 'choice', 'integer', 'number', 'flag', 'text', 'optional', 'as_parameters', 'parameters',
            'rng', 'torch_generator', 'digest', 'file_digest', 'unwritable', 'atomic', 'commit_folder', 'atomic_dir',
-           'write_json', 'write_csv', 'compute_facts', 'provenance', 'module_file', 'notebook_of', 'page_of',
-           'code_text', 'code_parts', 'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter', 'keyed', 'Run',
-           'hold', 'release', 'begin', 'finish', 'load_run']
+           'write_json', 'write_csv', 'own_folder', 'compute_facts', 'provenance', 'module_file', 'notebook_of',
+           'page_of', 'code_text', 'code_parts', 'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter',
+           'keyed', 'Run', 'hold', 'release', 'begin', 'finish', 'load_run']
 
 # %% ../nbs/appendix/machine/runs.ipynb #83880a0f
 import ast
@@ -36,6 +36,7 @@ except ImportError:
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, make_dataclass
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +401,23 @@ def write_csv(path, df: pd.DataFrame):
     "Write a table without its index, atomically; floats keep all their digits."
     with atomic(path) as tmp:
         df.to_csv(tmp, index=False, lineterminator='\n')
+
+# %% ../nbs/appendix/machine/runs.ipynb #3d0f6a02
+def own_folder(
+    path,  # of a folder that is to be replaced
+    mark: str,  # a file that stands in every folder of this kind
+    others=('*',),  # patterns of what else may stand there
+) -> Path:  # absolute
+    "The folder, where it is new, empty, or one of this kind; InputError where it holds anything else."
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError('a file, and no folder', file=show_path(path), hint='name a folder')
+    there = sorted(f.name for f in path.iterdir()) if path.exists() else []
+    odd = [f for f in there if f != mark and not (mark in there and any(fnmatch(f, o) for o in others))]
+    if odd:
+        problem = f'holds {odd[0]}{f" and {len(odd) - 1} more" * (len(odd) > 1)}, which would be deleted'
+        raise InputError(problem, file=show_path(path), hint='name a new folder')
+    return path
 
 # %% ../nbs/appendix/machine/runs.ipynb #ceebb3b2
 KERNELS = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')

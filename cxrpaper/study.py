@@ -6,20 +6,33 @@
 __all__ = ['STUDY', 'SHARED', 'CORPUS', 'phantom_root', 'checked', 'also', 'start_title', 'backbone_title', 'row_title',
            'pretrain_title', 'StudyLoader', 'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows',
            'all_rows', 'notebook_defaults', 'check_settings', 'check_rows', 'check_tables', 'check_pretraining',
-           'check_readiness', 'saved_cohort', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'row_params',
-           'runs_by_seed', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
+           'check_readiness', 'saved_cohort', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run',
+           'corpus_state', 'row_params', 'runs_by_seed', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
 import difflib
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from .runs import InputError, choice, code_digest, digest, integer, optional, page_of, resolve, show_path, text
+from cxrpaper.runs import (
+    InputError,
+    choice,
+    code_digest,
+    digest,
+    integer,
+    number,
+    optional,
+    page_of,
+    resolve,
+    show_path,
+    text,
+)
 from .schema import METHODS, our_methods
 
 # %% ../nbs/appendix/machine/study.ipynb #d28cfe50
@@ -27,7 +40,7 @@ def _list_of(rule):
     "A list of values, none of them twice: a seed that stands twice would count as two."
 
     def check(values):
-        out = [rule(v) for v in values]
+        out = [rule(v) for v in values] if isinstance(values, list) else []
         if not out or len(set(out)) < len(out):
             raise ValueError('a list of different values, one at least')
         return out
@@ -200,7 +213,7 @@ def load_yaml(path: Path) -> dict:
 def read_study(path) -> dict:  # its checked content
     "Read a study file; an unknown or missing key, a wrong value or a fold that does not exist raises InputError."
     path = resolve(path)
-    if not path.exists():
+    if not path.is_file():
         raise InputError('no such study file', file=show_path(path), hint='use config/smoke.yaml or config/study.yaml')
     study = {m: {} for m in our_methods()} | dict(table2_than=None) | load_yaml(path)
     rules = STUDY | {m: _keys for m in our_methods()}  # parameters of their notebooks
@@ -293,8 +306,12 @@ def check_rows(study, file):
             if (row['pretrain'] == 'file') != (row.get('weights') is not None):
                 raise bad('weights go with pretrain: file, and only with it', 'give the path of a published file')
             check_settings(row, 'finetune', bad)
+            if row['pretrain'] not in METHODS:
+                raise bad(f'{row["pretrain"]!r} is no pre-training', f'give one of {", ".join(METHODS)}')
             if not re.fullmatch(r'[\w.,=+-]{1,150}', run_name(row)):
                 raise bad(f'{run_name(row)[:60]!r} cannot name a folder', 'use letters, digits, dots and dashes')
+            if row in rows[: i - 1]:
+                raise bad(f'{run_name(row)} stands twice', 'rows of a table differ in a parameter')
 
 # %% ../nbs/appendix/machine/study.ipynb #88b87977
 def check_tables(study, file):
@@ -306,9 +323,11 @@ def check_tables(study, file):
     if study['table3'] and study['table3'][0].get('multitask'):
         hint = 'begin with the single-task model that the others are compared with'
         raise bad('the first row is multi-task', 'table3', hint)
-    t = study['table6']
-    if t is not None and (set(t) != {'rows', 'fractions', 'draws'} or not all(isinstance(v, list) for v in t.values())):
+    t, counted = study['table6'], dict(fractions=_list_of(number(1e-4, 1)), draws=_list_of(integer(0, 10**6)))
+    if t is not None and (set(t) != {'rows', *counted} or not isinstance(t['rows'], list) or not t['rows']):
         raise bad(keys(t), 'table6', 'give rows, fractions and draws, or null')
+    if t is not None:
+        checked({k: t[k] for k in counted}, counted, file)
     check_rows(study, file)
     named = {'table2': backbone_title, 'table3': row_title, 'table4': pretrain_title}
     for table, title in named.items():
@@ -330,6 +349,8 @@ def check_pretraining(study, file):
     if own and set(corpus) - {'seeds'} != {*CORPUS}:
         hint = 'give phantom, data_root and adapter, and seeds for more than one pre-training of each method'
         raise bad(f'the keys are {", ".join(corpus)}', hint)
+    if own and 'seeds' in corpus:  # one that stands twice would count as two
+        checked(dict(seeds=corpus['seeds']), dict(seeds=_list_of(integer(0, 10**6))), file)
 
 # %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 CORPUS = ['adapter', 'data_root', 'phantom']
@@ -349,6 +370,8 @@ def check_readiness(r, file):
     for k in ('readers', 'reread'):
         if not isinstance(r.get(k), str | None):
             raise bad(f'{k} is not the name of a file', 'give the path of a csv file')
+    if len(set(r['splits'])) < len(r['splits']):
+        raise bad(f'{r["splits"]}', 'name each split once')
     if odd := set(r['splits']) - {'study', 'image'}:
         raise bad(f'{sorted(odd)[0]!r} is not a split that leaks', 'splits are a list of study and image, or []')
     if r['external'] and (not isinstance(r['external'], dict) or sorted(r['external']) != CORPUS):
@@ -391,6 +414,18 @@ def pretraining_run(
     seeds = pretraining_seeds(study)
     k %= len(seeds)
     return f"runs/{study['name']}/{method}/{arch}" + (f'-seed{seeds[k]}' if k else '')
+
+# %% ../nbs/appendix/machine/study.ipynb #c8d817b5
+@cache
+def corpus_state(*paths) -> str:  # of folders or files, or None; 64 hex digits
+    "Digest of the names, sizes and times of all files, without those whose names begin with a dot: it changes where a file is edited, added or removed. Looked at once by each process."
+    found = []
+    for path in (resolve(p) for p in paths if p):
+        files = [path] if path.is_file() else [Path(d, f) for d, _, names in os.walk(path) for f in names]
+        own = [f for f in files if not f.name.startswith('.')]
+        facts = ((f.relative_to(path.parent).as_posix(), f.lstat()) for f in own)
+        found.append(sorted((name, s.st_size, s.st_mtime_ns) for name, s in facts))
+    return digest(found)
 
 # %% ../nbs/appendix/machine/study.ipynb #888e626d
 def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the runs of a row share; k: which seed or draw

@@ -53,13 +53,17 @@ def test_shapes_that_others_write(tmp_path):
     df = predicted(datasets.load_wine)
     columns = [c for c in df if c.startswith('p_')]
     p = df[columns].to_numpy()
-    for name, scores, kind in (
-        ('logits', np.log(p) + 3, 'logits'),
-        ('sigmoids', p * 0.4, 'separate sigmoids, divided by their sum'),
+    for name, scores, kind, prefix in (
+        ('logits', np.log(p) + 3, 'logits', ''),
+        ('named logits', (np.log(p) + 40) / 50, 'logits', 'logit_'),  # all between 0 and 1: the name decides
+        ('sigmoids', p * 0.4, 'separate sigmoids, divided by their sum', 'p_'),
     ):
-        df.assign(**dict(zip(columns, scores.T))).to_csv(tmp_path / f'{name}.csv', index=False)
+        named = df.assign(**dict(zip(columns, scores.T))).rename(columns=lambda c: c.replace('p_', prefix))
+        named.to_csv(tmp_path / f'{name}.csv', index=False)
         got = read_predictions(tmp_path / f'{name}.csv')
-        assert got.kind == kind and np.allclose(got.p[0], p[np.argsort(df.image)], atol=1e-9)
+        sharp = p ** (1 / 50 if prefix == 'logit_' else 1)
+        assert got.kind == kind
+        assert np.allclose(got.p[0], (sharp / sharp.sum(1, keepdims=True))[np.argsort(df.image)], atol=1e-9)
     findings = df.rename(columns=dict(zip(columns, ('Effusion', 'Lung Opacity', 'No Finding'))))
     findings['label'] = findings.label.str[-1]  # numbers of the columns
     findings.to_csv(tmp_path / 'findings.csv', index=False)
@@ -118,6 +122,49 @@ def test_what_was_there_stays_when_the_new_report_fails(tmp_path):
 def test_scores_by_name():
     t = pd.DataFrame(dict(image=['a'], patient=['b'], label=['x'], x=['1'], y=['2'], note=['text']))
     t.attrs['file'] = 't.csv'
-    assert class_columns(t) == dict(x='x', y='y')
+    assert class_columns(t) == (dict(x='x', y='y'), '')
     with pytest.raises(InputError, match='1 columns of scores'):
         class_columns(t.drop(columns='y'))
+
+
+def test_a_folder_that_is_no_report_is_left_alone(tmp_path):
+    "A report replaces a report; a folder of data that was named by mistake keeps every file, the predictions among them."
+    (data := tmp_path / 'data').mkdir()
+    predicted(datasets.load_wine).to_csv(data / 'my.csv', index=False)
+    (data / 'only copy.dcm').write_bytes(b'radiograph')
+    before = {f.name: f.read_bytes() for f in data.iterdir()}
+    with pytest.raises(InputError, match='my.csv and 1 more, which would be deleted'):
+        audit(data / 'my.csv', data, n_boot=20)
+    audit(data / 'my.csv', tmp_path / 'out', n_boot=20)
+    audit(data / 'my.csv', tmp_path / 'out', n_boot=20)  # an older report goes
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    with pytest.raises(InputError, match='notes.txt'):
+        audit(data / 'my.csv', tmp_path / 'out', n_boot=20)
+    assert {f.name: f.read_bytes() for f in data.iterdir()} == before
+    assert (tmp_path / 'out' / 'notes.txt').read_text() == 'mine'
+
+
+def test_no_cell_of_a_csv_is_a_formula(tmp_path):
+    df = predicted(datasets.load_wine).rename(columns={'p_class 1': "p_=cmd|'/c calc'!A0"})
+    df['label'] = df.label.replace('class 1', "=cmd|'/c calc'!A0")
+    df.assign(image='@' + df.image, patient='-' + df.patient).to_csv(tmp_path / 'my.csv', index=False)
+    audit(tmp_path / 'my.csv', tmp_path / 'out', n_boot=20)
+    for f in (tmp_path / 'out').glob('*.csv'):
+        t = pd.read_csv(f, dtype=str, keep_default_na=False)
+        words = [v for v in [*t.columns, *t.to_numpy().ravel()] if pd.isna(pd.to_numeric(v, errors='coerce'))]
+        assert not [v for v in words if v.startswith(tuple('=+-@'))], f.name
+    assert "'=cmd" in (tmp_path / 'out' / 'confusions.csv').read_text()
+
+
+def test_runs_scatter_in_the_comparison_with_metadata(tmp_path):
+    "Five runs that differ widely: the difference from the baseline, which training again does not change, moves with them."
+    df = predicted(datasets.load_wine).assign(sex=['F', 'M'] * 89)
+    names = [c for c in df if c.startswith('p_')]
+    g, width = np.random.default_rng(0), {}
+    for name, noises in dict(alike=[2.0] * 5, apart=[0.2, 1.0, 2.0, 4.0, 8.0]).items():
+        runs = [np.log(df[names]) + k * g.normal(size=(len(df), 3)) for k in noises]
+        rows = [df.assign(seed=s, **np.exp(z).div(np.exp(z).sum(axis=1), axis=0)) for s, z in enumerate(runs)]
+        pd.concat(rows).to_csv(tmp_path / f'{name}.csv', index=False)
+        b = read_predictions(tmp_path / f'{name}.csv')
+        width[name] = ask(b, Resampling(200, unit='patient'))[1]['metadata'].se.iloc[0]
+    assert width['apart'] > 1.5 * width['alike']

@@ -852,6 +852,25 @@ def test_values_of_a_table_are_read_however_they_are_written(tmp_path):
 # ---- what people bring
 
 
+def test_headers_say_that_two_patients_of_a_table_are_one(tmp_path):
+    "A column `patient` that holds studies: the DICOM files know better. One file twice is refused as well."
+    root = write_phantom(PhantomConfig(n_patients=12, px=64, seed=8), tmp_path / 'phantom', workers=1)
+    whole = read_siim(root).images
+    several = whole[whole.patient.duplicated(keep=False)].patient.iloc[0]
+    table = whole[['image', 'patient', 'path']].assign(label=whole.label)
+    table.to_csv(root / 'own.csv', index=False)
+    read = lambda: read_own(root / 'own.csv', 'csv', folder=root)
+    assert read().images.patient.tolist() == whole.patient.tolist()
+    table.assign(patient=table.image).to_csv(root / 'own.csv', index=False)
+    with pytest.raises(InputError, match='headers say that these are of one patient'):
+        read()
+    table.assign(patient=table.image, group=table.patient).to_csv(root / 'own.csv', index=False)
+    assert (read().images.group == several).sum() > 1
+    pd.concat([table, table[:1].assign(image='again', patient='stranger')]).to_csv(root / 'own.csv', index=False)
+    with pytest.raises(InputError, match='the file occurs twice'):
+        read()
+
+
 def lone_table(root, rows, **pictures):  # name -> shape
     "A table and its pictures, written."
     for name, shape in pictures.items():

@@ -162,6 +162,26 @@ def test_a_change_of_code_runs_what_depends_on_it(graph, what, expected):
         undo()
 
 
+def test_a_corpus_that_was_changed_is_read_again(tmp_path):
+    "A label corrected, a radiograph exchanged: nothing that was made of the old ones is passed off as new."
+    root = clone(
+        tmp_path / 'clone', table3=[], table4=[], table6=None, readiness=None, pretraining=None, moco={}, inpainting={}
+    )
+    (root / 'data' / 'tiny').mkdir(parents=True)
+    (table := root / 'data' / 'tiny' / 'train_study_level.csv').write_text('id\n')
+    rc, out = snakemake(root)
+    assert rc == 0, out[-3000:]
+    assert planned(root) == set()
+    table.write_text('id\nanother\n')
+    everything = {'cohort', 'store', 'baselines', *(f'finetune/resnet10t-none-fold{f}-seed0' for f in (0, 1))}
+    assert planned(root) == everything | PAGES
+    rc, out = snakemake(root)
+    assert rc == 0, out[-3000:]
+    assert planned(root) == set()
+    (root / 'data' / 'tiny' / 'a.dcm').touch()
+    assert 'cohort' in planned(root)
+
+
 @pytest.mark.parametrize('without_locks', [False, True])
 def test_jobs_at_once_never_share_a_gpu(tmp_path, without_locks):
     "Four jobs at once on two GPUs: a training waits until one is free. Who asks for none sees none. Without the locks two would meet."

@@ -97,10 +97,15 @@ def test_a_wrong_plan_is_refused(tmp_path):
     for change, said in (
         (dict(alpha=2), 'alpha'),
         (dict(more=1), 'more: unknown key'),
-        (dict(questions=dict(multitask=0.9)), 'sum to 1'),
+        (dict(questions=dict(multitask=0.9)), 'in this order'),
+        (dict(questions=dict(multitask=0.5, pretraining=0.25, labels=0.2)), 'sum to 1'),
+        (dict(questions=dict(multitask=0.5, pretraining=0.75, labels=-0.25)), 'questions'),
+        (dict(questions=dict(multitask=0.5, pretrain=0.25, labels=0.25)), 'in this order'),  # misspelt
+        (dict(questions=dict(labels=0.25, multitask=0.5, pretraining=0.25)), 'in this order'),  # would hand on nothing
+        (dict(metric='auc_marco'), 'auc_macro'),
         (dict(runs=1), 'runs'),
     ):
-        (tmp_path / 'plan.yaml').write_text(yaml.safe_dump(good | change))
+        (tmp_path / 'plan.yaml').write_text(yaml.safe_dump(good | change, sort_keys=False))
         with pytest.raises(InputError, match=said):
             read_plan(tmp_path / 'plan.yaml')
 

@@ -83,6 +83,15 @@ def predicted(r, run, ids):  # what the run's own predictions say of test images
     return p / p.sum(1, keepdims=True)
 
 
+def test_the_radiographs_are_not_replaced_by_the_report(trained, tmp_path):
+    run, cohort, _, unseen = trained
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'a.dcm').write_bytes((cohort.root / cohort.images.path[unseen[0]]).read_bytes())
+    with pytest.raises(SystemExit, match='holds a.dcm, which would be deleted'):
+        predict([str(tmp_path / 'mine'), '--run', str(run), '--out', str(tmp_path / 'mine')])
+    assert [f.name for f in (tmp_path / 'mine').iterdir()] == ['a.dcm']
+
+
 def test_what_it_says_is_what_the_run_predicted(trained):
     "The same radiographs by this door and by the training's own predictions; noise and a photograph's gradient are unlike."
     run, cohort, store, unseen = trained

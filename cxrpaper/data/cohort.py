@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import sys
+import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,11 +49,12 @@ def boxes_as_text(images: pd.DataFrame) -> pd.DataFrame:
     return images.assign(boxes=[json.dumps([[float(v) for v in b] for b in boxes]) for boxes in images.boxes])
 
 # %% ../../nbs/appendix/data/cohort.ipynb #d5a83750
-def alike(ids) -> tuple:  # empty where there are none
-    "The first two ids that differ only by spaces or case."
+def alike(ids, zeros: bool = False) -> tuple:  # empty where there are none
+    "The first two ids that differ only by spaces or case; with `zeros`, or by the zeros that a spreadsheet takes from the front of a number."
     seen = {}
     for i in pd.unique(pd.Series(ids, dtype=object)):
-        first = seen.setdefault(' '.join(str(i).split()).casefold(), i)
+        plain = ' '.join(unicodedata.normalize('NFKC', str(i)).split()).casefold()
+        first = seen.setdefault(plain.lstrip('0') if zeros and plain.isdigit() else plain, i)
         if first != i:
             return first, i
     return ()
@@ -65,14 +67,37 @@ def _check_images(images, file):
         raise bad('no radiographs', 'image', 'check the folder and its tables')
     if (twice := images.image[images.image.duplicated()]).size:
         raise bad(f'{twice.iloc[0]} occurs twice', 'image', 'give every image its own id')
-    if lost := (images.patient == '').sum():
+    if lost := ((images.patient == '') | images.patient.isna()).sum():
         raise bad(f'{lost} images have no patient', 'patient', 'without patient ids no split is safe: add them')
-    for c in ('image', 'study', 'patient', 'group'):
-        if pair := alike(images[c]):
+    for c, zeros in dict(image=False, study=False, patient=True, group=True).items():
+        if pair := alike(images[c], zeros):
             hint = 'write an id the same way everywhere: as it is, one patient may stand in two folds'
-            raise bad(f'{pair[0]!r} and {pair[1]!r} differ only by spaces or case', c, hint)
+            raise bad(
+                f'{pair[0]!r} and {pair[1]!r} differ only by spaces or case{", or zeros in front" * zeros}', c, hint
+            )
     if not images.label.isin(range(-1, 4)).all():
         raise bad('a label is not -1, 0, 1, 2 or 3', 'label', f'the classes are {", ".join(CLASSES)}')
+    _check_wholes(images, bad)
+
+# %% ../../nbs/appendix/data/cohort.ipynb #17d7e128
+def _check_wholes(images, bad):
+    "A patient within one group, a study within one patient and class, no box on a negative; InputError otherwise."
+    several = lambda of, what, rows: rows.groupby(of)[what].nunique()
+    for of, what, hint in (
+        (
+            'patient',
+            'group',
+            'a group holds whole patients: folds keep groups together, so this patient would stand in several',
+        ),
+        ('study', 'patient', 'make study ids unique to a patient, or find out whose study it is'),
+        ('study', 'label', 'labels belong to studies: correct them, or leave study empty'),
+    ):
+        n = several(of, what, images[images.label >= 0] if what == 'label' else images)
+        if (n > 1).any():
+            raise bad(f'{of} {n.idxmax()} has {n.max()} of them', what, hint)
+    if (odd := (images.label == 0) & (images.boxes.map(len) > 0)).any():
+        problem = f'{images.image[odd].iloc[0]} is {CLASSES[0]} and has boxes'
+        raise bad(problem, 'boxes', 'find out which of label and boxes is right')
 
 # %% ../../nbs/appendix/data/cohort.ipynb #5c720727
 TEXTS = ('image', 'study', 'patient', 'group', 'view', 'sex', 'detector', 'source', 'photometric')

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['HEADINGS', 'TWICE_WRITTEN', 'ONE_SOURCE', 'OPACITIES', 'BOX_LIST', 'NIH_FINDINGS', 'CHESTXRAY14', 'RSNA_CLASSES',
            'SAME_PIXELS', 'RSNA_MAPPING', 'RSNA_ANNOTATIONS', 'AIRSPACE', 'CHEXPERT_PATH', 'ENDINGS', 'MIMIC',
-           'MIMIC_TABLES', 'FLAGS', 'SEXES', 'NO_IMAGES', 'NO_IMAGE', 'DATASETS', 'read_study_labels', 'parse_boxes',
-           'parse_label', 'read_image_boxes', 'organisers_rule', 'find_dicoms', 'read_patients', 'read_sizes',
-           'read_siim', 'siim_labels', 'read_siim_tables', 'read_real_cxr', 'require_files', 'nih_boxes',
+           'MIMIC_TABLES', 'NOBODY', 'FLAGS', 'SEXES', 'NO_IMAGES', 'NO_IMAGE', 'DATASETS', 'read_study_labels',
+           'parse_boxes', 'parse_label', 'read_image_boxes', 'organisers_rule', 'find_dicoms', 'read_patients',
+           'read_sizes', 'read_siim', 'siim_labels', 'read_siim_tables', 'read_real_cxr', 'require_files', 'nih_boxes',
            'read_chestxray14', 'read_chestxray14_boxes', 'rsna_mapping', 'rsna_reads', 'rsna_annotations',
            'rsna_by_image', 'read_rsna', 'second_boxes', 'second_counts', 'read_chexpert', 'picture_size', 'read_mimic',
-           'find_by_name', 'read_table', 'file_facts', 'find_radiographs', 'name_images', 'whose_files', 'read_folder',
-           'read_lone_table', 'holds', 'Dataset', 'which_adapter', 'read_cohort']
+           'find_by_name', 'read_table', 'check_people', 'file_facts', 'find_radiographs', 'name_images', 'whose_files',
+           'read_folder', 'read_lone_table', 'holds', 'Dataset', 'which_adapter', 'read_cohort']
 
 # %% ../../nbs/appendix/data/readers.ipynb #c8a70639
 import ast
@@ -826,11 +826,27 @@ def read_table(
         t['image'] = [Path(p).stem for p in t.path]
     refuse(t, t.image.duplicated(), 'image', 'the image occurs twice', 'keep one row per image')
     refuse(t, t.patient == '', 'patient', 'no patient', 'give every image its patient')
+    refuse(t, t.path.map(os.path.normpath).duplicated(), 'path', 'the file occurs twice', 'keep one row per file')
     require_files(folder, t.path, t)
     facts = read_each(file_facts, [folder / p for p in t.path], workers, progress)
     if bad := [f for f in facts if isinstance(f, Exception)]:
         raise bad[0]
+    check_people(t, facts)
     return make_cohort(_typed(t, facts), folder, path.stem, images_read=len(t))
+
+# %% ../../nbs/appendix/data/readers.ipynb #67a8cca4
+NOBODY = re.compile(r'anon|unknown|none|n/?a$|[0\W]*$', re.I)  # what stands in a header in place of a patient
+
+
+def check_people(t: pd.DataFrame, facts: list):  # rows of a table of one's own; `file_facts` of each
+    "InputError where the headers give one patient to radiographs that the table gives to several: a column of studies is none of patients."
+    said = pd.Series([f.get('patient', '') for f in facts], t.index)
+    known = said.map(lambda v: not NOBODY.match(v)) & (said.nunique() > 1)
+    who = t.group.where(t.group.str.strip() != '', t.patient) if 'group' in t else t.patient
+    n = who[known].groupby(said[known]).nunique()
+    if (n > 1).any():
+        hint = 'name the patient of every radiograph, or put what belongs together into one group (column group)'
+        refuse(t, known & (said == n.idxmax()), 'patient', 'the headers say that these are of one patient', hint)
 
 # %% ../../nbs/appendix/data/readers.ipynb #32e4bd61
 def file_facts(

@@ -21,7 +21,7 @@ import yaml
 
 from .provenance import artefacts, audit, cautions, executed, made_by, origin
 from .tables import missing_runs, needed_runs
-from ..runs import InputError, atomic_dir, file_digest, load_run, project_root, resolve, show_path
+from ..runs import InputError, atomic_dir, file_digest, load_run, own_folder, project_root, resolve, show_path
 from ..study import read_study
 
 # %% ../../nbs/appendix/paper/crate.ipynb #df7d05e2
@@ -274,7 +274,7 @@ def check_crate(folder) -> pd.DataFrame:  # file, problem; empty where all is as
 # %% ../../nbs/appendix/paper/crate.ipynb #42e8b78e
 def write_crate(study_file, out) -> pd.DataFrame:  # from `check_crate`: empty
     "Write the crate of a finished study into the folder `out`, and beside it as a zip archive."
-    study = read_study(study_file)
+    study, out = read_study(study_file), own_folder(out, METADATA)
     things = finished(study, study_file)
     with atomic_dir(out) as folder, tempfile.TemporaryDirectory() as texts:
         crate_of(study, study_file, things, Path(texts)).write(folder)

@@ -26,7 +26,7 @@ from .audit import page_html, picture_tag
 from ..questions.calibration import Scaling, fit_temperature
 from ..questions.decisions import conformal_sets
 from ..questions.saliency import grad_cam
-from ..runs import InputError, atomic_dir, digest, load_run, show_path, write_json
+from ..runs import InputError, atomic_dir, digest, load_run, own_folder, show_path, write_json
 from ..schema import CLASSES, LOGITS
 from ..training.finetune import LOSSES, load_model, predict, split_rows
 from ..training.loop import Batches, evaluating
@@ -185,6 +185,7 @@ def read_radiographs(
     files = [f for p in map(Path, paths) for f in (find_radiographs(p) if p.is_dir() else [p])]
     if not files:
         raise InputError('no radiographs', field='image', hint='give DICOM, PNG or JPEG files, or a folder of them')
+    out = own_folder(out, 'report.html', ['report.json'])
     r = load_reading(run, data_root, adapter)
     images = np.stack([on_grid(f, r.params.px) for f in files])
     cases = read_images(r, images)
