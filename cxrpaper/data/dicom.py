@@ -6,7 +6,7 @@
 __all__ = ['AGAIN', 'PIXEL_TAGS', 'PICTURES', 'MOST_INFLATED', 'REQUIRED', 'GUESS', 'NATIVE', 'PLUGINS', 'INSTALL', 'SAME',
            'STDERR', 'ORIENTATION', 'DicomError', 'stage', 'check_regular', 'read_header', 'codecs', 'read_pixels',
            'padding', 'modality_lut', 'to_unit', 'window', 'voi_lut', 'inverted', 'to_gray', 'read_dicom',
-           'orientation', 'upright', 'read_radiograph', 'each_file', 'verify_tree']
+           'orientation', 'upright', 'read_radiograph', 'processes', 'each_file', 'verify_tree']
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d5af1be7
 import hashlib
@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from threading import Lock
@@ -478,12 +479,15 @@ def _rle_segments(frame: bytes, n: int) -> list:  # n: bytes of a pixel
 
 # %% ../../nbs/appendix/data/dicom.ipynb #b6f8da97
 def _decode_rle(frame: bytes, ds):  # -> (H,W) integers
-    "Each segment by the compiled decoder, which leaves the count to us: one byte for every pixel, one more where that is odd."
+    "Each segment by the compiled decoder, which leaves the count to us: one byte for every pixel, one more where their number is odd."
     from rle.rle import decode_segment
 
     n, size, planes = ds.Rows * ds.Columns, ds.BitsAllocated // 8, []
     for k, segment in enumerate(_rle_segments(frame, size), 1):
-        plane = np.frombuffer(decode_segment(segment), np.uint8)
+        try:
+            plane = np.frombuffer(decode_segment(segment), np.uint8)
+        except ValueError as e:
+            raise ValueError(f'frame 1, RLE segment {k} of {size}: {e}') from None
         if not n <= plane.size <= n + n % 2:
             raise ValueError(f'frame 1, RLE segment {k} of {size}: decoded to {plane.size:,} bytes for {n:,} pixels')
         planes.append(plane[:n].reshape(ds.Rows, ds.Columns))
@@ -811,7 +815,7 @@ def read_radiograph(
         raise DicomError('pixels', e.problem, path, hint=e.hint) from None
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d8d0e2bf
-def _processes():
+def processes() -> BaseContext:  # a multiprocessing context
     "Start processes from a server that has imported this module once and runs no threads: quick, and safe in a notebook."
     if 'forkserver' not in get_all_start_methods():
         return get_context('spawn')
@@ -822,7 +826,7 @@ def _processes():
 # %% ../../nbs/appendix/data/dicom.ipynb #94eea3ac
 def _alone(f, file):
     "`f(file)` in a process of its own, or the DicomError that says that the process died."
-    with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
+    with ProcessPoolExecutor(1, mp_context=processes()) as pool:
         try:
             return pool.submit(f, file).result()
         except BrokenProcessPool:
@@ -836,7 +840,7 @@ def _alone(f, file):
 # %% ../../nbs/appendix/data/dicom.ipynb #0fcd9e47
 def _pass(f, todo, workers):  # yields (file, f(file)); returns the files that were open when a process died
     "Work off `todo` with one pool of processes, as long as that lives."
-    with ProcessPoolExecutor(workers, mp_context=_processes()) as pool:
+    with ProcessPoolExecutor(workers, mp_context=processes()) as pool:
         running = {}
         try:
             while todo or running:
