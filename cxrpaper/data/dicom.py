@@ -258,15 +258,20 @@ def _check_pixel_data(ds, pixels, path):
         raise bad(f'{held:,} bytes where {size} need {want:,}', field='PixelData', hint=AGAIN)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #665836a3
-def read_header(
-    path,  # of a DICOM file
-) -> Dataset:  # every element before the pixel data; file_meta.TransferSyntaxUID is always set
-    "The checked header of one gray radiograph; DicomError (stage open or header) where the file is cut, contradictory, or something else."
+def _header(path):  # -> what `_open` says
+    "A header and the place of its pixel data, both checked."
     ds, pixels = _open(path)
     with stage('header', path, AGAIN):
         _check_elements(ds, path)
         _check_pixel_data(ds, pixels, path)
-    return ds
+    return ds, pixels
+
+
+def read_header(
+    path,  # of a DICOM file
+) -> Dataset:  # every element before the pixel data; file_meta.TransferSyntaxUID is always set
+    "The checked header of one gray radiograph; DicomError (stage open or header) where the file is cut, contradictory, or something else."
+    return _header(path)[0]
 
 # %% ../../nbs/appendix/data/dicom.ipynb #041f1895
 NATIVE = (
@@ -538,9 +543,10 @@ def _bytes(path, sha256: str = '') -> bytes:  # sha256: what the file must still
     return data
 
 # %% ../../nbs/appendix/data/dicom.ipynb #4f9621a3
-def _decode(full, ds, plugin: str, path):  # full: with pixel data; ds: the checked header -> (H,W) integers
+def _decode(data: bytes, ds, plugin: str, path):  # of a file; ds: its checked header -> (H,W) integers
     "Pixel data by the decoder of this name."
-    syntax = ds.file_meta.TransferSyntaxUID
+    full = dcmread(io.BytesIO(data), force=True)
+    syntax = full.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
     if syntax == uid.RLELossless:
         return _decode_rle(_stream(full), ds)
     if syntax.is_encapsulated:
@@ -561,13 +567,14 @@ def read_pixels(
     sha256: str = '',  # of the file, where it is known: a file that was replaced is refused
 ) -> tuple[Dataset, np.ndarray]:  # header, stored values (H,W) as integers; they may be read-only
     "Header and stored values, as the file holds them: no LUT, no window, no inversion."
-    ds = read_header(path)
+    ds, place = _header(path)
     plugin = _check_codec(ds, path)
     data = _bytes(path, sha256)
     with stage('decode', path, AGAIN):
-        full = dcmread(io.BytesIO(data), force=True)
-        full.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
-        pixels = _decode(full, ds, plugin, path)
+        if ds.file_meta.TransferSyntaxUID in NATIVE[:2]:  # little endian: the stored values as they are
+            pixels = np.frombuffer(data, _stored(ds), ds.Rows * ds.Columns, place['start']).reshape(ds.Rows, ds.Columns)
+        else:
+            pixels = _decode(data, ds, plugin, path)
         if pixels.shape != (ds.Rows, ds.Columns):
             raise ValueError(f'decoded to {pixels.shape}, the header has {ds.Rows} x {ds.Columns}')
     with stage('pixels', path, AGAIN):
