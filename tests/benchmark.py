@@ -227,6 +227,15 @@ def held(one):  # psutil.Process -> MiB
     return sum(sizes) / 2**20
 
 
+def highest(pid, running):  # running: () -> bool
+    "Highest MiB of a process and its workers, read twenty times a second."
+    one, most = psutil.Process(pid), 0
+    while running():
+        most = max(most, held(one))
+        time.sleep(0.05)
+    return most
+
+
 def two_epochs(whose, told):
     "What `memory` watches in a process of its own; `told` hears when everything is imported, and of the end."
     torch.set_num_threads(1)
@@ -240,18 +249,16 @@ def two_epochs(whose, told):
 
 
 def memory(whose):
-    "Highest MiB above what the imports take (this file imports the whole package for both), read twenty times a second."
+    "Highest MiB above what the imports take (this file imports the whole package for both)."
     told, telling = get_context('spawn').Pipe(duplex=False)
     process = get_context('spawn').Process(target=two_epochs, args=(whose, telling))
     process.start()
-    one = psutil.Process(process.pid)
     while not told.poll(0.05) and process.is_alive():
         pass
-    before = most = held(one)
-    if process.is_alive():
+    before = held(psutil.Process(process.pid))
+    if told.poll():
         told.recv()
-    while not told.poll(0.05) and process.is_alive():
-        most = max(most, held(one))
+    most = highest(process.pid, lambda: not told.poll() and process.is_alive())
     process.join()
     assert process.exitcode == 0, f'{whose} ended with {process.exitcode}'
     return most - before
@@ -337,6 +344,47 @@ def usual(file, out):
     Image.fromarray((x * 255).astype(np.uint8)).resize((512, 512), Image.LANCZOS).save(out)
 
 
+STORE = """
+import sys
+from cxrpaper.data.readers import read_cohort
+from cxrpaper.data.store import build_store
+build_store(read_cohort(sys.argv[1] + '/films', adapter='folder'), 64, sys.argv[1] + '/stores/s', workers=2)
+"""
+
+
+def store_memory(folder):
+    "Memory of a process that makes a store of the films of a folder, and of its workers."
+    process = subprocess.Popen([sys.executable, '-c', STORE, folder])
+    most = highest(process.pid, lambda: process.poll() is None)
+    assert process.returncode == 0, f'{folder} ended with {process.returncode}'
+    return most
+
+
+def ingest_memory(sizes=(100, 1000, 10_000)):
+    "Memory of a store, parent and two workers together, by the number of its images; each of them is decoded."
+    with tempfile.TemporaryDirectory() as d:
+        folders = [Path(d) / str(n) for n in sizes]
+        for folder in folders:
+            (folder / 'films').mkdir(parents=True)
+        films = large_films(folders[-1] / 'films', 'explicit', sizes[-1], (128, 128))
+        for n, folder in zip(sizes[:-1], folders):
+            for film in films[:n]:
+                os.link(film, folder / 'films' / Path(film).name)
+        most = [store_memory(str(folder)) for folder in folders]
+    yield dict(
+        what=f'memory of a store of {sizes[-1]:,} images',
+        against=f'the same, {sizes[0]:,} images',
+        ours=most[-1],
+        other=most[0],
+        unit='MiB',
+        ratio=most[0] / most[-1],
+        n=1,
+        goal=0.9,
+        note=f'ratio: few to many images, 1 is flat; {most[1]:.0f} MiB at {sizes[1]:,}; proportional set size',
+        points=' '.join(f'{n}:{m:.0f}' for n, m in zip(sizes, most)),
+    )
+
+
 def ingest():
     "Radiographs of 2544 x 3028 pixels, 12 bit: the store against the decoder alone and against the usual recipe, two processes each."
     from joblib import Parallel, delayed
@@ -356,6 +404,7 @@ def ingest():
             t = interleaved(ours, decoder, 3)
             yield row(f'store of {syntax}', 'pydicom, decoding only', t, 'images', n, 0.9)
             yield row(f'store of {syntax}', 'VOI LUT, min-max, PIL, PNG', interleaved(ours, recipe, 3), 'images', n, 2)
+    yield from ingest_memory()
 
 
 # evaluation --------------------------------------------------------------------------------------------------------

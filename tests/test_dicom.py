@@ -1,5 +1,6 @@
 "Real radiographs, re-encoded into every transfer syntax and broken in every way we could think of, go through cxrpaper.dicom."
 
+import hashlib
 import importlib.util
 import os
 import pickle
@@ -21,7 +22,7 @@ import pytest
 from pydicom import Dataset, dcmread, uid
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, pixel_array
+from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, get_decoder, pixel_array
 from pydicom.sequence import Sequence
 
 from cxrpaper.data import dicom
@@ -990,17 +991,99 @@ def test_padding_after_the_pixel_data_is_legal_and_other_bytes_are_not(tmp_path)
     assert refused(make(tmp_path / 'other.dcm', pixels, data=other)).field == 'PixelData'
 
 
+def rle_frame(planes, n=None, starts=None, more=b''):  # planes: decoded bytes of each segment, in the order of the file
+    "A frame whose header may lie."
+    packed = [rle(np.frombuffer(p, np.uint8).reshape(1, -1)) for p in planes]
+    true = [64 + sum(map(len, packed[:k])) for k in range(len(packed))]
+    header = [len(packed) if n is None else n, *(true if starts is None else starts)]
+    return struct.pack('<16L', *header, *[0] * (16 - len(header))) + b''.join(packed) + more
+
+
 def test_an_rle_segment_may_end_in_one_byte_to_make_it_even(tmp_path):
-    pixels = chest(65)[:, :63].astype(np.uint8)
-    plain = make(tmp_path / 'plain.dcm', pixels, uid.RLELossless)
-    head = struct.pack('<16L', 1, 64, *[0] * 14)
-    for extra, good in ((1, True), (40, False)):
-        longer = head + rle(np.append(pixels.ravel(), np.zeros(extra, np.uint8)).reshape(1, -1))
-        file = make(tmp_path / f'{extra}.dcm', pixels, uid.RLELossless, data=longer)
+    for rows, extra, good in (
+        (65, 0, True),
+        (65, 1, True),
+        (65, 2, False),
+        (65, 40, False),
+        (64, 0, True),
+        (64, 1, False),
+    ):
+        pixels = np.ascontiguousarray(chest(65)[:rows, :63]).astype(np.uint8)
+        frame = rle_frame([pixels.tobytes() + bytes(extra)])
+        file = make(tmp_path / 'a.dcm', pixels, uid.RLELossless, data=frame)
         if good:
-            assert (read_pixels(file)[1] == read_pixels(plain)[1]).all()
+            assert (read_pixels(file)[1] == pixels).all()
         else:
-            refused(file)
+            assert 'RLE segment 1 of 1: decoded to' in refused(file, {'decode'}).error
+
+
+def test_every_fault_of_an_rle_frame_is_named(tmp_path):
+    pixels = chest(64)
+    high, low = (pixels >> 8).astype(np.uint8).tobytes(), (pixels & 255).astype(np.uint8).tobytes()
+    whole = rle_frame([high, low])
+    assert (read_pixels(make(tmp_path / 'a.dcm', pixels, uid.RLELossless, data=whole))[1] == pixels).all()
+    two = struct.unpack('<3L', whole[:12])[2]
+    for frame, said in (
+        (rle_frame([high[:-1], low]), 'segment 1 of 2: decoded to'),
+        (rle_frame([high, low[:-40]]), 'segment 2 of 2: decoded to'),
+        (rle_frame([high + b'x', low]), 'segment 1 of 2: decoded to'),
+        (rle_frame([high, low + b'x']), 'segment 2 of 2: decoded to'),
+        (whole[:-2], 'segment 2 of 2: decoded to'),
+        (whole + bytes([100, 1, 2]), 'segment 2 of 2: The end of the data'),
+        (rle_frame([low]), '1 RLE segments where the header asks for 2'),
+        (rle_frame([high, low, low]), '3 RLE segments where the header asks for 2'),
+        (rle_frame([high, low], n=16), '16 RLE segments where the header asks for 2'),
+        (rle_frame([high, low], starts=[63, two]), 'segment 1 of 2: bytes 63 to'),
+        (rle_frame([high, low], starts=[two, 64]), f'segment 1 of 2: bytes {two:,} to 64'),
+        (rle_frame([high, low], starts=[64, 64]), 'segment 1 of 2: bytes 64 to 64'),
+        (rle_frame([high, low], starts=[64, len(whole)]), 'segment 2 of 2: bytes'),
+        (rle_frame([high, low], starts=[64, 2**32 - 2]), 'segment 1 of 2: bytes 64 to 4,294,967,294'),
+        (rle_frame([high, low], starts=[64, two + 2]), 'segment 1 of 2:'),
+        (whole[:62], '62 bytes where the RLE header alone has 64'),
+    ):
+        error = refused(make(tmp_path / 'a.dcm', pixels, uid.RLELossless, data=frame), {'decode'}).error
+        assert said in error and 'frame 1' in error, (said, error)
+
+
+def test_rle_files_read_as_pydicom_reads_them(tmp_path):
+    "Its own decoder is slow and counts; ours is compiled."
+    n = 0
+    for path in Path(get_testdata_file('MR_small_RLE.dcm', download=False)).parent.glob('*[rR][lL][eE]*.dcm'):
+        try:
+            ds, pixels = read_pixels(path)
+        except DicomError as e:
+            assert e.stage == 'header', e  # colour, several frames, 32 bits
+            continue
+        n += 1
+        assert np.array_equal(
+            pixels, get_decoder(uid.RLELossless).as_array(dcmread(path), decoding_plugin='pydicom')[0]
+        )
+    assert n >= 1
+    for dtype, bits in (('u1', 8), ('u2', 12), ('u2', 16), ('i2', 12), ('i2', 16)):
+        for rows in (63, 64):
+            path = make(
+                tmp_path / 'a.dcm', np.ascontiguousarray(chest(65, dtype, bits)[:rows, :63]), uid.RLELossless, bits
+            )
+            want = get_decoder(uid.RLELossless).as_array(dcmread(path), raw=True, decoding_plugin='pydicom')[0]
+            assert np.array_equal(read_pixels(path)[1], want)
+
+
+@pytest.mark.parametrize('syntax', [uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless])
+def test_gdcm_gives_the_same_pixels_into_a_buffer_as_it_gives_as_text(tmp_path, syntax, monkeypatch):
+    monkeypatch.setitem(dicom.PLUGINS, syntax, ('gdcm',))
+    for dtype, bits in (('u2', 10), ('u2', 12), ('u2', 16), ('i2', 12), ('i2', 16)):
+        path = make(tmp_path / 'a.dcm', chest(65, dtype, bits), syntax, bits)
+        want = get_decoder(syntax).as_array(dcmread(path), raw=True, decoding_plugin='gdcm')[0]
+        assert np.array_equal(read_pixels(path)[1], dicom._significant(want, dcmread(path), path))
+
+
+def test_a_file_that_is_another_one_by_now_is_refused(tmp_path):
+    picture = tmp_path / 'a.png'
+    cv2.imwrite(str(picture), chest(64))
+    for path in (make(tmp_path / 'a.dcm', chest(64)), picture):
+        true = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert np.array_equal(read_radiograph(path, true), read_radiograph(path))
+        assert 'changed while it was read' in refused(path, {'open'}, lambda p: read_radiograph(p, '0' * 64)).error
 
 
 def test_padding_value_that_no_pixel_can_hold_blackens_nothing(tmp_path):

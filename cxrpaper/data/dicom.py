@@ -6,12 +6,12 @@
 __all__ = ['AGAIN', 'PIXEL_TAGS', 'PICTURES', 'MOST_INFLATED', 'REQUIRED', 'GUESS', 'NATIVE', 'PLUGINS', 'INSTALL', 'SAME',
            'STDERR', 'ORIENTATION', 'DicomError', 'stage', 'check_regular', 'read_header', 'codecs', 'read_pixels',
            'padding', 'modality_lut', 'to_unit', 'window', 'voi_lut', 'inverted', 'to_gray', 'read_dicom',
-           'orientation', 'upright', 'read_radiograph', 'each_file', 'verify_tree']
+           'orientation', 'upright', 'read_radiograph', 'processes', 'each_file', 'verify_tree']
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d5af1be7
+import hashlib
 import io
 import os
-import re
 import struct
 import sys
 import warnings
@@ -22,8 +22,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 from threading import Lock
 
 import cv2
@@ -31,6 +32,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from pydicom import Dataset, dcmread, uid
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.filereader import read_file_meta_info, read_partial
 from pydicom.pixels import get_decoder
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
@@ -256,15 +258,20 @@ def _check_pixel_data(ds, pixels, path):
         raise bad(f'{held:,} bytes where {size} need {want:,}', field='PixelData', hint=AGAIN)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #665836a3
-def read_header(
-    path,  # of a DICOM file
-) -> Dataset:  # every element before the pixel data; file_meta.TransferSyntaxUID is always set
-    "The checked header of one gray radiograph; DicomError (stage open or header) where the file is cut, contradictory, or something else."
+def _header(path):  # -> what `_open` says
+    "A header and the place of its pixel data, both checked."
     ds, pixels = _open(path)
     with stage('header', path, AGAIN):
         _check_elements(ds, path)
         _check_pixel_data(ds, pixels, path)
-    return ds
+    return ds, pixels
+
+
+def read_header(
+    path,  # of a DICOM file
+) -> Dataset:  # every element before the pixel data; file_meta.TransferSyntaxUID is always set
+    "The checked header of one gray radiograph; DicomError (stage open or header) where the file is cut, contradictory, or something else."
+    return _header(path)[0]
 
 # %% ../../nbs/appendix/data/dicom.ipynb #041f1895
 NATIVE = (
@@ -274,7 +281,7 @@ NATIVE = (
     uid.ExplicitVRBigEndian,
 )
 PLUGINS = {
-    uid.RLELossless: ('pydicom',),  # transfer syntax: decoders, the preferred one first
+    uid.RLELossless: ('pylibjpeg',),  # transfer syntax: decoders, the preferred one first
     **dict.fromkeys((uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit), ('opencv',)),  # as JPEG files outside DICOM
     **dict.fromkeys((uid.JPEGLossless, uid.JPEGLosslessSV1), ('gdcm',)),
     **dict.fromkeys((uid.JPEGLSLossless, uid.JPEGLSNearLossless), ('pyjpegls', 'gdcm')),
@@ -292,7 +299,7 @@ def _plugin(syntax):  # -> name of the decoder, '' for native data, None where t
 
 # %% ../../nbs/appendix/data/dicom.ipynb #3d59f959
 INSTALL = {
-    'pylibjpeg': 'pip install pylibjpeg pylibjpeg-openjpeg',
+    'pylibjpeg': 'pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-rle',
     'gdcm': 'pip install python-gdcm',
     'pyjpegls': 'pip install pyjpegls',
 }
@@ -367,10 +374,10 @@ def _frame(data: bytes):  # -> (rows, columns, components)
     raise ValueError('not a JPEG, JPEG-LS or JPEG 2000 stream')
 
 # %% ../../nbs/appendix/data/dicom.ipynb #619be9b4
-def _stream(path):  # -> bytes
-    "The compressed stream of a file with one frame: all its fragments joined."
-    data = Path(path).read_bytes()
-    return b''.join(data[at : at + n] for at, n in _fragments(path, _open(path)[1]['start']))
+def _stream(ds) -> bytes:  # ds: with its pixel data
+    "The compressed stream of a file with one frame: its fragments, joined as its offset table says."
+    tables = ds.get('ExtendedOffsetTable'), ds.get('ExtendedOffsetTableLengths')
+    return get_frame(ds.PixelData, 0, number_of_frames=1, extended_offsets=tables if all(tables) else None)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d63f4cc0
 SAME = 'export it again: header and stream must say the same'
@@ -457,37 +464,117 @@ def _significant(pixels, ds, path):  # decoded (H,W) integers -> stored values o
     return values
 
 # %% ../../nbs/appendix/data/dicom.ipynb #03e7f952
-@contextmanager
-def _rows_counted():
-    "ValueError where an RLE segment holds more than the header has rows for; one byte to make it even may follow."
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        yield
-    for w in said:
-        if found := re.search(r'decoded RLE segment.* (\d+) vs\. (\d+) bytes', str(w.message)):
-            if int(found[1]) > int(found[2]) + 1:
-                raise ValueError(str(w.message))
+def _stored(ds) -> str:
+    "Type of the stored values."
+    return f'<{"ui"[ds.PixelRepresentation]}{ds.BitsAllocated // 8}'
+
+# %% ../../nbs/appendix/data/dicom.ipynb #649743d9
+def _rle_segments(frame: bytes, n: int) -> list:  # n: bytes of a pixel
+    "The segments of a frame, cut where its header says (PS3.5 G.5); ValueError where it cannot be so."
+    if len(frame) < 64:
+        raise ValueError(f'frame 1: {len(frame)} bytes where the RLE header alone has 64')
+    found, *starts = struct.unpack('<16L', frame[:64])
+    if found != n:
+        raise ValueError(f'frame 1: {found} RLE segments where the header asks for {n}')
+    cuts = [*starts[:n], len(frame)]
+    for k, (start, end) in enumerate(zip(cuts, cuts[1:]), 1):
+        if not 64 <= start < end <= len(frame):
+            raise ValueError(f'frame 1, RLE segment {k} of {n}: bytes {start:,} to {end:,} of {len(frame):,}')
+    return [frame[start:end] for start, end in zip(cuts, cuts[1:])]
+
+# %% ../../nbs/appendix/data/dicom.ipynb #b6f8da97
+def _decode_rle(frame: bytes, ds):  # -> (H,W) integers
+    "Each segment by the compiled decoder, which leaves the count to us: one byte for every pixel, one more where their number is odd."
+    from rle.rle import decode_segment
+
+    n, size, planes = ds.Rows * ds.Columns, ds.BitsAllocated // 8, []
+    for k, segment in enumerate(_rle_segments(frame, size), 1):
+        try:
+            plane = np.frombuffer(decode_segment(segment), np.uint8)
+        except ValueError as e:
+            raise ValueError(f'frame 1, RLE segment {k} of {size}: {e}') from None
+        if not n <= plane.size <= n + n % 2:
+            raise ValueError(f'frame 1, RLE segment {k} of {size}: decoded to {plane.size:,} bytes for {n:,} pixels')
+        planes.append(plane[:n].reshape(ds.Rows, ds.Columns))
+    return cv2.merge(planes[::-1]).view(_stored(ds)).reshape(ds.Rows, ds.Columns)
+
+# %% ../../nbs/appendix/data/dicom.ipynb #d18f6b72
+def _lone_image(stream: bytes, ds) -> Dataset:  # ds: header, Bits Stored as the stream states it
+    "A DICOM file that holds a compressed stream and what a decoder needs to know of it."
+    names = 'Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored PixelRepresentation'
+    lone = Dataset()
+    for name in names.split():
+        setattr(lone, name, ds[name].value)
+    lone.HighBit = lone.BitsStored - 1
+    lone.SOPClassUID, lone.SOPInstanceUID = uid.SecondaryCaptureImageStorage, '2.25.1'
+    lone.PixelData = encapsulate([stream])
+    lone['PixelData'].VR = 'OB'
+    lone.ensure_file_meta()
+    lone.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
+    return lone
+
+# %% ../../nbs/appendix/data/dicom.ipynb #0a7af4b1
+def _decode_gdcm(stream: bytes, ds):  # -> (H,W) integers
+    "GDCM's decoder, into a buffer; ValueError where it gives up."
+    import gdcm
+
+    reader, whole = gdcm.ImageRegionReader(), gdcm.BoxRegion()
+    whole.SetDomain(0, ds.Columns - 1, 0, ds.Rows - 1, 0, 0)
+    reader.SetRegion(whole)
+    with NamedTemporaryFile(suffix='.dcm') as f:
+        _lone_image(stream, ds).save_as(f, enforce_file_format=True)
+        f.flush()
+        reader.SetFileName(f.name)
+        pixels = bytearray(ds.Rows * ds.Columns * ds.BitsAllocated // 8)
+        if not (reader.ReadInformation() and reader.ComputeBufferLength() == len(pixels)):
+            raise ValueError('GDCM finds no such image in the compressed stream')
+        with _heard():
+            if not reader.ReadIntoBuffer(pixels):
+                raise ValueError('GDCM cannot decode the compressed stream')
+    return np.frombuffer(pixels, _stored(ds)).reshape(ds.Rows, ds.Columns)
 
 # %% ../../nbs/appendix/data/dicom.ipynb #845bfc96
+def _bytes(path, sha256: str = '') -> bytes:  # sha256: what the file must still have, '' for anything
+    "The whole file, read once; DicomError where it is another one by now."
+    with stage('open', path, 'check the path and its permissions'):
+        data = Path(path).read_bytes()
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise DicomError('open', 'changed while it was read', path, hint='run again when nothing writes to it any more')
+    return data
+
+# %% ../../nbs/appendix/data/dicom.ipynb #4f9621a3
+def _decode(data: bytes, ds, plugin: str, path):  # of a file; ds: its checked header -> (H,W) integers
+    "Pixel data by the decoder of this name."
+    full = dcmread(io.BytesIO(data), force=True)
+    syntax = full.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
+    if syntax == uid.RLELossless:
+        return _decode_rle(_stream(full), ds)
+    if syntax.is_encapsulated:
+        _check_stream(stream := _stream(full), ds, path)
+        if stream.startswith(b'\xff\xd8') and (bits := _stream_bits(stream)) > ds.BitsStored:
+            full.BitsStored, full.HighBit = bits, bits - 1  # or the decoder wraps, unseen
+        if plugin == 'opencv':
+            return _decode_picture(stream)
+        if plugin == 'gdcm':
+            return _decode_gdcm(stream, full)
+    with _heard():  # unused bits are looked at later
+        how = dict(raw=True, decoding_plugin=plugin, view_only=True, correct_unused_bits=False)
+        return get_decoder(syntax).as_array(full, **how)[0]
+
+# %% ../../nbs/appendix/data/dicom.ipynb #eb739871
 def read_pixels(
     path,  # of a DICOM file
-) -> tuple[Dataset, np.ndarray]:  # header, stored values (H,W) as integers
+    sha256: str = '',  # of the file, where it is known: a file that was replaced is refused
+) -> tuple[Dataset, np.ndarray]:  # header, stored values (H,W) as integers; they may be read-only
     "Header and stored values, as the file holds them: no LUT, no window, no inversion."
-    ds = read_header(path)
+    ds, place = _header(path)
     plugin = _check_codec(ds, path)
+    data = _bytes(path, sha256)
     with stage('decode', path, AGAIN):
-        full = dcmread(path, force=True)
-        syntax = full.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
-        if syntax.is_encapsulated and syntax != uid.RLELossless:
-            _check_stream(stream := _stream(path), ds, path)
-            if stream.startswith(b'\xff\xd8') and (bits := _stream_bits(stream)) > ds.BitsStored:
-                full.BitsStored, full.HighBit = bits, bits - 1  # or the decoder wraps, unseen
-        if plugin == 'opencv':
-            pixels = _decode_picture(stream)
+        if ds.file_meta.TransferSyntaxUID in NATIVE[:2]:  # little endian: the stored values as they are
+            pixels = np.frombuffer(data, _stored(ds), ds.Rows * ds.Columns, place['start']).reshape(ds.Rows, ds.Columns)
         else:
-            with _heard(), _rows_counted():  # unused bits are looked at below
-                how = dict(raw=True, decoding_plugin=plugin, correct_unused_bits=False)
-                pixels, _ = get_decoder(syntax).as_array(full, **how)
+            pixels = _decode(data, ds, plugin, path)
         if pixels.shape != (ds.Rows, ds.Columns):
             raise ValueError(f'decoded to {pixels.shape}, the header has {ds.Rows} x {ds.Columns}')
     with stage('pixels', path, AGAIN):
@@ -670,10 +757,11 @@ def _by_level(pixels, f):  # (H,W) 8- or 16-bit integers, function of an array -
 
 def read_dicom(
     path,  # of a DICOM file
+    sha256: str = '',  # of the file, where it is known
 ) -> np.ndarray:  # (H,W) float32 in [0, 1], bright = dense
     "One radiograph as it is meant to be seen; DicomError where that is not possible."
     with stage('pixels', path, AGAIN):
-        ds, pixels = read_pixels(path)
+        ds, pixels = read_pixels(path, sha256)
         return _by_level(pixels, lambda levels: to_gray(ds, levels, path))
 
 # %% ../../nbs/appendix/data/dicom.ipynb #6140c7f8
@@ -718,6 +806,7 @@ def _read_picture(path, data):  # bytes of a PNG or JPEG -> (H,W) integers
 # %% ../../nbs/appendix/data/dicom.ipynb #b90fe4d6
 def read_radiograph(
     path,  # of a DICOM, PNG or JPEG file
+    sha256: str = '',  # of the file, where it is known: a file that was replaced is refused
 ) -> np.ndarray:  # (H,W) float32 in [0, 1], bright = dense
     "Any radiograph, by its content; DicomError where it cannot be read."
     check_regular(path)
@@ -725,15 +814,15 @@ def read_radiograph(
         with open(path, 'rb') as f:
             head = f.read(4)
     if not head.startswith((b'\x89PNG', b'\xff\xd8\xff')):
-        return read_dicom(path)
-    pixels = _read_picture(path, Path(path).read_bytes())
+        return read_dicom(path, sha256)
+    pixels = _read_picture(path, _bytes(path, sha256))
     try:
         return _by_level(pixels, to_unit)
     except InputError as e:
         raise DicomError('pixels', e.problem, path, hint=e.hint) from None
 
 # %% ../../nbs/appendix/data/dicom.ipynb #d8d0e2bf
-def _processes():
+def processes() -> BaseContext:  # a multiprocessing context
     "Start processes from a server that has imported this module once and runs no threads: quick, and safe in a notebook."
     if 'forkserver' not in get_all_start_methods():
         return get_context('spawn')
@@ -744,7 +833,7 @@ def _processes():
 # %% ../../nbs/appendix/data/dicom.ipynb #94eea3ac
 def _alone(f, file):
     "`f(file)` in a process of its own, or the DicomError that says that the process died."
-    with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
+    with ProcessPoolExecutor(1, mp_context=processes()) as pool:
         try:
             return pool.submit(f, file).result()
         except BrokenProcessPool:
@@ -758,7 +847,7 @@ def _alone(f, file):
 # %% ../../nbs/appendix/data/dicom.ipynb #0fcd9e47
 def _pass(f, todo, workers):  # yields (file, f(file)); returns the files that were open when a process died
     "Work off `todo` with one pool of processes, as long as that lives."
-    with ProcessPoolExecutor(workers, mp_context=_processes()) as pool:
+    with ProcessPoolExecutor(workers, mp_context=processes()) as pool:
         running = {}
         try:
             while todo or running:

@@ -25,7 +25,7 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from multiprocessing import connection, current_process, get_context, parent_process
+from multiprocessing import connection, current_process, parent_process
 from pathlib import Path
 
 import cv2
@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .dicom import read_radiograph
+from .dicom import processes, read_radiograph
 from ..runs import InputError, commit_folder, digest, file_digest, resolve, show_path, write_csv, write_json
 
 # %% ../../nbs/appendix/data/store.ipynb #51ef9dca
@@ -140,11 +140,11 @@ def box_frame(
 
 # %% ../../nbs/appendix/data/store.ipynb #c8170cbb
 def decode(
-    job: dict,  # file, mask_file ('' for none), boxes, height, width of their frame
+    job: dict,  # file, its sha256 if known, mask_file ('' for none), boxes, height, width of their frame
     px: int,  # side of the store's images
 ) -> tuple:  # (px,px) uint8 image, (px,px) uint8 mask, height and width of the file
     "One radiograph and its mask on the grid of the store."
-    x = read_radiograph(job['file'])
+    x = read_radiograph(job['file'], job.get('sha256', ''))
     h, w = box_frame(x.shape, job['height'], job['width'])
     if not job['mask_file']:
         mask = boxes_mask(job['boxes'], h, w, px)
@@ -273,12 +273,7 @@ def decode_chunk(
 
     def one(job):
         try:
-            result = decode(job, px)
-            if job['sha256'] and file_digest(job['file']) != job['sha256']:
-                raise InputError(
-                    'changed while it was read', field='open', hint='run again when nothing writes to it any more'
-                )
-            return job['key'], result, None
+            return job['key'], decode(job, px), None
         except Exception as e:
             return job['key'], None, fault(e)
 
@@ -297,16 +292,16 @@ GUARD = "put the call under `if __name__ == '__main__':` in a script, or use wor
 
 
 def refuse_inside_start():
-    "A spawned worker imports the script that started it; a script without guard would build again there, and wait for its parent for ever."
+    "A worker imports the script that started it; a script without guard would build again there, and wait for its parent for ever."
     if getattr(current_process(), '_inheriting', False):
         raise InputError('called while a worker process starts', field='workers', hint=GUARD)
 
 # %% ../../nbs/appendix/data/store.ipynb #eaf36555
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    "A pool of spawned workers, proven to start."
+    "A pool of workers, proven to start."
     from cxrpaper.data.store import start_worker
 
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), start_worker)
+    pool = ProcessPoolExecutor(workers, processes(), start_worker)
     try:
         pool.submit(os.getpid).result()
     except BrokenProcessPool:
@@ -345,9 +340,10 @@ def decode_all(
     jobs: list,  # jobs of `decode`, each with its key and sha256
     px: int,
     workers: int = 2,  # 0: in this process
-    chunk: int = 8,  # images handed over and written at a time
+    chunk: int = 8,  # images handed over and written at a time, fewer where there are few
 ):
     "Yield lists of (key, result, fault) until every job is answered, whatever happens to the workers."
+    chunk = min(chunk, max(1, len(jobs) // (4 * max(workers, 1))))  # or one worker ends long before the others
     waiting = deque(jobs[i : i + chunk] for i in range(0, len(jobs), chunk))
     if not workers:
         for c in waiting:
