@@ -32,7 +32,7 @@ import openjpeg
 import pandas as pd
 import pydicom
 import rle
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
@@ -1308,9 +1308,10 @@ def run_plan(
     bar = dict(
         total=len(parts), desc='drawing radiographs', unit='batch', file=sys.stderr, leave=False, disable=not progress
     )
-    done = Parallel(n_jobs=workers, return_as='generator')(
-        delayed(write_rows)(c, str(root), p) for p in parts
-    )  # loky workers: a fork of a threaded kernel can deadlock, spawn cannot see a notebook's functions
+    with parallel_config('loky', idle_worker_timeout=5):  # else they stay for five minutes, and who ends waits for them
+        done = Parallel(n_jobs=workers, return_as='generator')(
+            delayed(write_rows)(c, str(root), p) for p in parts
+        )  # loky workers: a fork of a threaded kernel can deadlock, spawn cannot see a notebook's functions
     return sum(tqdm(done, **bar), [])
 
 # %% ../../nbs/appendix/data/phantom.ipynb #8906d499

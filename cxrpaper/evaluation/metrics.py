@@ -111,20 +111,21 @@ def _check_values(df, run):
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #77a69b4a
 def _check_split(df, run, leaky):
     "No image twice in a split, no patient or group in `val` and `test` of one fold."
-    bad = df.duplicated(['image', 'split', 'fold']) | df.duplicated(['image', 'split']) & (df.split == 'test')
-    if bad.any():
+    bad = df.duplicated(['image', 'split'])
+    if bad.any() and (bad := bad & ((df.split == 'test') | df.duplicated(['image', 'split', 'fold']))).any():
         raise InputError(
             f'{_first(df, bad)} is there twice',
             file=run,
             field='image',
             hint='give each image once per split: the folds of one seed, not several seeds in one frame',
         )
+    fold, split = df.fold.to_numpy(), df.split.to_numpy()
     for c in () if leaky else ('patient', 'group'):
-        n = df[df.split.isin(('val', 'test'))].groupby(['fold', c]).split.nunique()
-        if (n > 1).any():
-            fold, who = n.index[n > 1][0]
+        val, test = (set(zip(fold[split == s], df[c].to_numpy()[split == s])) for s in ('val', 'test'))
+        if both := val & test:
+            at, who = min(both)
             raise InputError(
-                f'{who} is in val and test of fold {fold}',
+                f'{who} is in val and test of fold {at}',
                 file=run,
                 field=c,
                 hint='split by patient (cohort.assign_folds), or say leaky=True where leakage is what is measured',
@@ -213,22 +214,27 @@ def recall_f1(c: np.ndarray) -> tuple:  # (B,K,K) -> recall (B,K), F1 (B,K)
     return _share(hit, true), np.where(true > 0, _share(2 * hit, true + predicted), np.nan)
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #ebcead8c
+def _by_study(df, p, run) -> tuple:  # (N,) study of each image, (S,) first image and (S,4) mean of `p` of each study
+    of, names = pd.factorize(df.study, sort=True)
+    first, label = np.unique(of, return_index=True)[1], df.label.to_numpy()
+    if (other := label != label[first][of]).any():
+        raise InputError(
+            f'study {names[of[other].min()]} has images of several classes',
+            file=run,
+            field='label',
+            hint='labels belong to studies: check the study-level table',
+        )
+    return of, first, pd.DataFrame(p).groupby(of).mean().to_numpy()
+
+
 def study_level(
     df: pd.DataFrame,  # predictions
     run='predictions',  # named in errors
 ) -> pd.DataFrame:  # study, patient, group, label, n_images, p_0..p_3
     "One row per study: the mean probability of its images."
-    p = pd.DataFrame(probabilities(df), columns=[f'p_{k}' for k in range(len(CLASSES))], index=df.index)
-    by = df.groupby('study', sort=True)
-    if (n := by.label.nunique()).gt(1).any():
-        raise InputError(
-            f'study {n.index[n > 1][0]} has images of several classes',
-            file=run,
-            field='label',
-            hint='labels belong to studies: check the study-level table',
-        )
-    out = by[['patient', 'group', 'label']].first().assign(n_images=by.size())
-    return out.join(p.groupby(df.study).mean()).reset_index()
+    of, first, p = _by_study(df, probabilities(df), run)
+    out = df[['study', 'patient', 'group', 'label']].iloc[first].reset_index(drop=True).assign(n_images=np.bincount(of))
+    return out.assign(**{f'p_{k}': v for k, v in enumerate(p.T)})
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #53d4e018
 def auc_between(y, p, w, a: int, b: int):  # (N,) true class; (N,4); (N,B); two classes -> (B,)
@@ -365,17 +371,13 @@ class Cases:
         return self.n_units if metric == 'accuracy' else min(len(np.unique(self.unit[self.y == k])) for k in named)
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #641ec742
-def _studies(df, code, unit, run) -> tuple:  # label (S,), probabilities (S,4), unit (S,) of each study
+def _studies(df, p, code, unit, run) -> tuple:  # label (S,), probabilities (S,4), unit (S,) of each study
     "The studies of the images; InputError where one belongs to several units."
-    st, of = study_level(df, run), pd.Series(code, index=df.study.to_numpy()).groupby(level=0)
-    if of.nunique().gt(1).any():
-        problem, hint = (
-            f'study {of.nunique().idxmax()} belongs to several {unit}s',
-            'make study ids unique to a patient',
-        )
-        raise InputError(problem, file=run, field='study', hint=hint)
-    p = st[[f'p_{k}' for k in range(len(CLASSES))]].to_numpy()
-    return st.label.to_numpy(int), p, of.first()[st.study].to_numpy()
+    of, first, p = _by_study(df, p, run)
+    if (other := code != code[first][of]).any():
+        problem = f'study {df.study.iloc[first[of[other].min()]]} belongs to several {unit}s'
+        raise InputError(problem, file=run, field='study', hint='make study ids unique to a patient')
+    return df.label.to_numpy(int)[first], p, code[first]
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #57a570dd
 def read_cases(
@@ -395,8 +397,9 @@ def read_cases(
     if len(names) < 2:
         problem = f'{len(names)} {unit} in split {split!r}: an interval needs at least 2'
         raise InputError(problem, file=run, field=unit, hint='evaluate more patients')
-    studies = None if unit == 'image' else _studies(df, code, unit, run)
-    return Cases(df.image.astype(str).to_numpy(), df.label.to_numpy(int), probabilities(df), code, len(names), studies)
+    p = probabilities(df)
+    studies = None if unit == 'image' else _studies(df, p, code, unit, run)
+    return Cases(df.image.astype(str).to_numpy(), df.label.to_numpy(int), p, code, len(names), studies)
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #a2ddeaa1
 def pool_folds(
