@@ -5,10 +5,11 @@ import functools, shlex
 from snakemake.exceptions import WorkflowError
 from cxrpaper.runs import KERNELS, digest, job_digest, page_of, project_root
 from cxrpaper.schema import our_methods
-from cxrpaper.study import corpus_state, evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs, saved_cohort
+from cxrpaper.study import check_folder, corpus_state, evaluated_rows, grid, leaking_rows, papermill_yaml, pretraining_runs, read_study, row_runs, saved_cohort
 
 STUDY = config.get('study', 'config/smoke.yaml')
 study = read_study(STUDY)
+check_folder(study, STUDY)
 profile = study['profile']
 RUNS = f"runs/{study['name']}"
 PHANTOM = study['data_root'] is None or study['phantom'] is not None # the images are made here

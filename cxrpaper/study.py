@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'SHARED', 'CORPUS', 'phantom_root', 'checked', 'also', 'start_title', 'backbone_title', 'row_title',
-           'pretrain_title', 'StudyLoader', 'load_yaml', 'read_study', 'run_name', 'evaluated_rows', 'leaking_rows',
-           'all_rows', 'notebook_defaults', 'check_settings', 'check_rows', 'check_tables', 'check_pretraining',
-           'check_readiness', 'saved_cohort', 'pretraining_runs', 'pretraining_seeds', 'pretraining_run',
-           'corpus_state', 'row_params', 'runs_by_seed', 'row_runs', 'label_runs', 'grid', 'papermill_yaml']
+           'pretrain_title', 'StudyLoader', 'load_yaml', 'read_study', 'check_folder', 'run_name', 'evaluated_rows',
+           'leaking_rows', 'all_rows', 'notebook_defaults', 'check_settings', 'check_rows', 'check_tables',
+           'check_pretraining', 'check_readiness', 'saved_cohort', 'pretraining_runs', 'pretraining_seeds',
+           'pretraining_run', 'corpus_state', 'row_params', 'runs_by_seed', 'row_runs', 'label_runs', 'grid',
+           'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
@@ -235,6 +236,15 @@ def read_study(path) -> dict:  # its checked content
         study['table2_than'] = study['table2'][study['table2'].index(study['table2_than'])]
     return study
 
+# %% ../nbs/appendix/machine/study.ipynb #4b4dd098
+def check_folder(study: dict, path):  # from `read_study`; its file
+    "InputError where the folder of its figures holds those that another study file made."
+    for file in sorted(resolve(study['figures']).glob('*.json')):
+        made = json.loads(file.read_text(encoding='utf-8')).get('study')
+        if made not in (None, show_path(path)):
+            problem = f'{study["figures"]} holds what {made} made ({file.name})'
+            raise InputError(problem, file=show_path(path), field='figures', hint='give a folder of its own')
+
 # %% ../nbs/appendix/machine/study.ipynb #dced61ec
 def run_name(
     row: dict,  # the settings that make the row
@@ -306,6 +316,8 @@ def check_rows(study, file):
             if (row['pretrain'] == 'file') != (row.get('weights') is not None):
                 raise bad('weights go with pretrain: file, and only with it', 'give the path of a published file')
             check_settings(row, 'finetune', bad)
+            if (px := row.get('px', study['px'])) % 32 and row.get('multitask'):
+                raise bad(f'{px} pixels with a decoder', 'give px a multiple of 32')
             if row['pretrain'] not in METHODS:
                 raise bad(f'{row["pretrain"]!r} is no pre-training', f'give one of {", ".join(METHODS)}')
             if not re.fullmatch(r'[\w.,=+-]{1,150}', run_name(row)):

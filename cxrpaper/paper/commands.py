@@ -66,10 +66,11 @@ def plan(argv=None):
         unlabelled=count('unlabelled'),
     )
     with told('cxr_plan'):
-        from cxrpaper.study import read_study
+        from cxrpaper.study import check_folder, read_study
         from cxrpaper.training.throughput import plan_text
 
-        print(plan_text(read_study(a.study), gpus=a.gpus, images=(a.labelled, a.unlabelled)))
+        check_folder(study := read_study(a.study), a.study)
+        print(plan_text(study, gpus=a.gpus, images=(a.labelled, a.unlabelled)))
 
 # %% ../../nbs/appendix/paper/commands.ipynb #26d392bf
 def where(argv=None):
@@ -197,10 +198,10 @@ def predict(argv=None):
     a.add_argument('--adapter', default='auto', help='which corpus that is')
     a = a.parse_args(argv)
     with told('cxr_predict'):
-        from cxrpaper.paper.predict import NOTICE, read_radiographs
+        from cxrpaper.paper.predict import read_radiographs
 
         found = read_radiographs(a.image, a.run, a.out, a.data, a.adapter, progress=True)
-    print(lines_of(found), NOTICE, f'the report: {Path(a.out) / "report.html"}', sep='\n')
+    print(lines_of(found), f'the report: {Path(a.out) / "report.html"}', sep='\n')
 
 
 def lines_of(found: list) -> str:  # facts of `read_radiographs`

@@ -276,7 +276,7 @@ def write_curves(m: Making):  # matplotlib Figure
     "Figure 4, written."
     title, row, frames = leading(m.study)
     fig = figure_curves(frames[0], m.how)
-    caption = f'**Figure 4. ROC and precision-recall curves** of {title}, the leading row of Table 2, seed {m.study["seeds"][0]}. Bands: pointwise 95 %; thin lines: guessing (below: the share of the class). {sample_text(m.study, frames)}{stamp(m.study)}'
+    caption = f'**Figure 4. ROC and precision-recall curves** of {title}, the leading row of Table 2, seed {m.study["seeds"][0]}. Bands: pointwise 95 %; thin lines: guessing (below: the share of the class). {sample_text(m.study | dict(seeds=m.study["seeds"][:1]), frames)}{stamp(m.study)}'
     write_figure('figure4', fig, caption, list(row_runs(m.study, row)), m.out, study=m.file)
     return fig
 
@@ -293,7 +293,7 @@ def write_masks(m: Making):  # matplotlib Figure
     fig, shown = figure_masks(load_cohort(f"runs/{m.study['name']}/cohort"), run)
     caption = (
         f"**Figure 8. Masks against boxes.** {row_title(drawn[0]).capitalize()}, fold {m.study['folds'][0]}, seed {m.study['seeds'][0]}. Of the test images of a class (n) those whose Dice is nearest to the 90th (success) and to the 10th percentile (failure); "
-        f'negatives by the share of the image that was drawn. Orange: annotated opacities; colour: predicted probability, cut where it was best on the validation fold. The box prior draws the same mask on every radiograph, the mean of the training masks: where its Dice is as high, the model has shown no more than where opacities usually lie.{stamp(m.study)}'
+        f'negatives by the share of the image that was drawn. Orange: annotated opacities; colour: predicted probability; for Dice it is cut where that was best on the validation fold. The box prior draws the same mask on every radiograph, the mean of the training masks: where its Dice is as high, the model has shown no more than where opacities usually lie.{stamp(m.study)}'
     )
     write_figure('figure8', fig, caption, [run], m.out, study=m.file, images=shown)
     return fig
@@ -313,6 +313,8 @@ def write_label_curves(m: Making):  # matplotlib Figure
     long, cells = label_evaluations(m.study, m.how)
     first = next(iter(cells.values()))
     fig = figure_labels(long)
-    caption = f"**Figure 6. Label efficiency.** Macro AUC with shares of the training patients' labels; bars: 95 % interval from resampling patients; {len(first[0])} test images, {len(m.study['table6']['draws'])} draw(s) of the labels.{stamp(m.study)}"
+    n = len(m.study['table6']['draws'])
+    over = f'patients and the {n} draws of the labels, a run each' if n > 1 else 'patients; one draw of the labels'
+    caption = f"**Figure 6. Label efficiency.** Macro AUC with shares of the training patients' labels; {len(first[0])} test images; bars: 95 % interval over {over}.{stamp(m.study)}"
     write_figure('figure6', fig, caption, list(dict.fromkeys(' '.join(long.runs).split())), m.out, study=m.file)
     return fig

@@ -19,7 +19,7 @@ from ..questions.difficulty import figure_confusions, figure_difficulty, figure_
 from ..questions.readiness import overall, reader_bound, readiness_path, scorecard
 from ..questions.robustness import figure_robustness
 from ..questions.saliency import figure_saliency, map_scores, median_examples, saliency_maps
-from ..questions.subgroups import figure_subgroups, gap_verdict
+from ..questions.subgroups import LEAST, figure_subgroups, gap_verdict
 from ..questions.subject import ANSWERS, Subject
 from ..runs import load_run
 from ..schema import CLASSES
@@ -86,7 +86,11 @@ def write_shortcuts(m: Making, parts: dict) -> str:  # Markdown
 
 # %% ../../nbs/appendix/paper/scorecard.ipynb #380736f3
 def _calibration(m, s, parts, about):
-    return figure_calibration(s.folds, m.how), f'**Figure 7. Calibration** of {about} Bands: pointwise 95 %.', {}
+    return (
+        figure_calibration(s.folds, m.how),
+        f'**Figure 7. Calibration** of {about} Above: as it comes; below: with one temperature for each fold (Table 7 judges the best scaling that a fold can fit). Bands: pointwise 95 %.',
+        {},
+    )
 
 
 def _use(m, s, parts, about):
@@ -116,7 +120,9 @@ def _robustness(m, s, parts, about):
 
 def _subgroups(m, s, parts, about):
     gap = gap_verdict(parts['gaps'])
-    caption = f'**Figure 11. Subgroups** of {about} {gap[0].upper()}{gap[1:]}.'
+    t = parts['subgroups'].query("attribute == 'all' and metric == 'auc_macro'").iloc[0]
+    over = f'A macro AUC here is over the classes of which a group has {LEAST} patients or more (all patients: {t.classes or "none"}); a mark beside it is that of all patients over the same classes.'
+    caption = f'**Figure 11. Subgroups** of {about} {gap[0].upper()}{gap[1:]}. {over}'
     return figure_subgroups(parts['subgroups']), caption, {}
 
 # %% ../../nbs/appendix/paper/scorecard.ipynb #a31dc96d

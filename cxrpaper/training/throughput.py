@@ -28,6 +28,7 @@ from ..data.download import CORPORA
 from ..data.phantom import PROFILES as PHANTOMS
 from ..data.phantom import PhantomConfig, plan_cohort
 from ..models.multitask import SegmentationTargets
+from ..models.nets import Encoder
 from cxrpaper.runs import (
     InputError,
     as_parameters,
@@ -42,7 +43,7 @@ from cxrpaper.runs import (
     write_csv,
 )
 from ..schema import our_methods
-from ..study import grid, notebook_defaults, pretraining_runs, read_study
+from ..study import all_rows, grid, notebook_defaults, pretraining_runs, read_study
 from .finetune import finetuner, make_loss, make_model, predict
 from .loop import Batches, Checkpointing, EpochRecorder, embed, make_learner, start_device
 
@@ -438,6 +439,8 @@ def plan_text(
 ) -> str:
     "The plan by the study's finished runs, and for every device on which a training of it was measured, in words and numbers."
     throughput = read_throughput() if throughput is None else throughput
+    for arch in {r['arch'] for r in all_rows(study)}:
+        Encoder(arch)  # InputError where there is no such network
     counts = tuple(said or found for said, found in zip(images, image_counts(study)))
     runs = plan(study, by_runs(study))
     images = f'images: {counts[0] or "not known"} labelled'
