@@ -84,7 +84,7 @@ def test_what_makes_a_page_stale(change, page, tmp_path):
 FAULTS = {
     'a cell fails': 'double(None)',
     'a warning is shown': 'import sys\nprint("careful", file=sys.stderr)',
-    'a place on this machine': 'import tempfile\nprint(tempfile.mkdtemp(dir="/tmp"))',
+    'a place on this machine': 'print("/tmp/runs/3")',
     'bytes, at most': 'print("a" * 1_100_000)',
 }
 
@@ -100,6 +100,16 @@ def test_a_page_that_cannot_be_stored_is_named_and_stays_whole(found, page, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ['planted.ipynb'] and (
         tmp_path / 'planted.ipynb'
     ).read_bytes() == was
+
+
+def test_what_each_execution_draws_anew_is_not_stored(tmp_path):
+    folder = 'import os, tempfile\nd = tempfile.TemporaryDirectory()\nprint(os.path.join(d.name, "a.csv"))'
+    styled = 'import pandas as pd\npd.DataFrame(dict(a=[1])).style'
+    twice = []
+    for _ in range(2):
+        stored.store(page := write(tmp_path / 'page.ipynb', notebook(folder=folder, styled=styled)))
+        twice.append(page.read_text())
+    assert twice[0] == twice[1] and '.../a.csv' in twice[0] and 'T_style_row0_col0' in twice[0]
 
 
 def test_what_a_gpu_showed_is_kept_while_its_code_is_the_same(page, tmp_path):

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -120,11 +121,24 @@ def executed(page: Path, has_gpu: bool) -> tuple:  # notebook as a dict, notes
     return nb, notes
 
 
+def steady(nb: dict) -> dict:
+    "Without what each execution draws anew: names of temporary folders, and the identifiers of pandas' styled tables."
+    drawn = re.compile(rf'{re.escape(tempfile.gettempdir())}/tmp\w{{8}}(?!\w)')
+    for c in code_cells(nb):
+        same = lambda s, k=c['id']: re.sub(r'(?<![a-zA-Z])T_[0-9a-f]{5}(?=["_ ])', f'T_{k[:5]}', drawn.sub('...', s))
+        for o in c['outputs']:
+            for held in (o, o.get('data', {})):
+                for kind in ('text', 'text/plain', 'text/html', 'text/markdown'):
+                    if kind in held:
+                        held[kind] = [same(s) for s in held[kind]]
+    return nb
+
+
 def cleaned(nb: dict) -> dict:
     "As `nbdev_clean` leaves a page, without widgets."
     settings = ConfigParser(interpolation=None)
     settings.read(ROOT / 'settings.ini', encoding='utf-8')
-    nb = dict2nb(without_widgets(nb))
+    nb = dict2nb(without_widgets(steady(nb)))
     clean_nb(nb, allowed_cell_metadata_keys=settings['DEFAULT']['allowed_cell_metadata_keys'].split())
     return nb
 
