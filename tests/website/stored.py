@@ -8,13 +8,16 @@ comments and layout do not. Code of other pages is left out: with what a page re
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -68,7 +71,8 @@ def stale(page: Path) -> str | None:  # why
 
 def texts(output: dict) -> list:  # what an output says
     data = [v for k, v in output.get('data', {}).items() if not k.startswith('image/')]
-    return [''.join(t) for t in [*data, output.get('text', '')] if isinstance(t, (str, list))]
+    said = [''.join(t) for t in [*data, output.get('text', '')] if isinstance(t, (str, list))]
+    return [re.sub(r'base64,[\w+/=]+', '', s) for s in said]
 
 
 def faults(nb: dict, also=()) -> list:  # also: further words that no output may say
@@ -82,12 +86,33 @@ def faults(nb: dict, also=()) -> list:  # also: further words that no output may
             if bar := re.search(r'\d+%\|', said):
                 out.append((c['id'], f'a progress bar is shown: {bar[0]}'))
             out += [(c['id'], f'a place on this machine is shown: {m}') for m in LOCAL.findall(said)[:1]]
-            out += [(c['id'], f'{w} is shown') for w in also if w in said]
+            out += [(c['id'], f'{w} is shown') for w in also if re.search(rf'(?<![\w-]){re.escape(w)}(?![\w-])', said)]
     size = len(json.dumps(nb, indent=1, ensure_ascii=False).encode())
     return out + ([('', f'{size:,} bytes, at most {LARGEST:,}')] if size > LARGEST else [])
 
 
 # ---- executed and stored
+
+
+@contextmanager
+def workplace(page: Path):
+    "A copy of the page in a copy of the project, so that no run or study that lies here gets into what the page shows; phantoms are shared."
+    if not page.is_relative_to(ROOT):
+        yield page, {}
+        return
+    listed = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split('\0')
+    with tempfile.TemporaryDirectory() as d:
+        for name in filter(None, names):
+            if (ROOT / name).is_file():
+                (Path(d) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, Path(d) / name)
+        for name in ('data/phantom', 'data/stores'):
+            (ROOT / name).mkdir(parents=True, exist_ok=True)
+            (Path(d) / name).parent.mkdir(exist_ok=True)
+            (Path(d) / name).symlink_to(ROOT / name)
+        (Path(d) / '.git').symlink_to(ROOT / '.git')
+        yield Path(d) / page.relative_to(ROOT), dict(PYTHONPATH=d, GIT_OPTIONAL_LOCKS='0')
 
 
 def gpu() -> bool:
@@ -97,14 +122,17 @@ def gpu() -> bool:
 
 
 def executed(page: Path, has_gpu: bool) -> tuple:  # notebook as a dict, notes
-    "A page after its cells ran, in its own folder; what needs a GPU keeps what it showed where there is none."
+    "A page after its cells ran; what needs a GPU keeps what it showed where there is none."
     before, notes = json.loads(page.read_text(encoding='utf-8')), []
-    nb = nbformat.read(page, as_version=4)
+    nb = nbformat.reads(json.dumps(before), as_version=4)
     for c in code_cells(nb):
         if directive(c, 'eval: *false'):
             c.outputs = []
             c.metadata['tags'] = [*c.metadata.get('tags', []), 'skip-execution']
-    NotebookClient(nb, timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=page.parent))).execute()
+    with workplace(page) as (at, env):
+        how = dict(timeout=None, kernel_name='python3', coalesce_streams=True)
+        client = NotebookClient(nb, resources=dict(metadata=dict(path=at.parent)), **how)
+        client.execute(env=os.environ | env)
     nb = json.loads(nbformat.writes(nb))
     nb['metadata'] = dict(before['metadata'])
     held = dict(before['metadata'].get(NOTED, {}).get('gpu', {}))  # cell -> digest of the code that a GPU executed
@@ -145,10 +173,13 @@ def cleaned(nb: dict) -> dict:
 
 def store(page: Path, has_gpu: bool = False) -> list:  # notes
     "Execute a page and store it with its digest, whole or not at all; an error or a fault of what it shows is raised."
+    was = page.read_bytes()
     nb, notes = executed(page, has_gpu)
     nb = cleaned(nb)
     if wrong := faults(nb, [str(ROOT), str(Path.home()), socket.gethostname()]):
         raise ValueError('; '.join(f'cell {where}: {what}' for where, what in wrong))
+    if page.read_bytes() != was:
+        raise ValueError('somebody has changed the page while it was executed')
     with atomic(page) as tmp:
         write_nb(nb, tmp)
         nb = json.loads(tmp.read_text(encoding='utf-8'))
