@@ -69,6 +69,10 @@ CHANGES = {
     'prose': (lambda nb: source('# Page\n> It makes more.')(nb, 0), False),
     'more prose': (lambda nb: nb['cells'].insert(1, dict(nb['cells'][0], id='more')), False),
     'a comment': (lambda nb: source('# of 21\nprint(\n    double(21))')(nb, 2), False),
+    'a warning': (
+        lambda nb: nb['cells'][2]['outputs'].append(dict(output_type='stream', name='stderr', text=['careful'])),
+        True,
+    ),
     'a docstring': (lambda nb: source(CELLS['double'].replace('Twice', 'Two times'))(nb, 1), False),
 }
 
@@ -83,7 +87,7 @@ def test_what_makes_a_page_stale(change, page, tmp_path):
 
 FAULTS = {
     'a cell fails': 'double(None)',
-    'a warning is shown': 'import sys\nprint("careful", file=sys.stderr)',
+    'a progress bar is shown': 'print("50%|")',
     'a place on this machine': 'print("/tmp/runs/3")',
     'bytes, at most': 'print("a" * 1_100_000)',
 }
@@ -126,3 +130,16 @@ def test_what_a_gpu_showed_is_kept_while_its_code_is_the_same(page, tmp_path):
     assert shows('gpu') == [['on a GPU\n']] and stored.stale(page) is None
     nb['cells'][3]['source'] = ['#| cuda\n', "print('new')"]
     assert stored.store(write(page, nb)) == [] and shows('gpu') == [['new\n']]
+
+
+def test_a_warning_is_told_and_not_stored(tmp_path):
+    warns = 'import warnings\nwarnings.simplefilter("always")\nwarnings.warn("careful")\nprint(1)'
+    notes = stored.store(page := write(tmp_path / 'page.ipynb', notebook(warns=warns)))
+    assert (
+        len(notes) == 1
+        and 'careful' in notes[0]
+        and 'careful' not in str(json.loads(page.read_text())['cells'][1]['outputs'])
+    )
+    nb = json.loads(page.read_text())
+    nb['cells'][1]['outputs'].append(dict(output_type='stream', name='stderr', text=['careful']))
+    assert 'a warning is shown' in stored.faults(nb)[0][1]

@@ -122,7 +122,7 @@ def gpu() -> bool:
 
 
 def executed(page: Path, has_gpu: bool) -> tuple:  # notebook as a dict, notes
-    "A page after its cells ran; what needs a GPU keeps what it showed where there is none."
+    "A page after its cells ran; what needs a GPU keeps what it showed where there is none; warnings become notes."
     before, notes = json.loads(page.read_text(encoding='utf-8')), []
     nb = nbformat.reads(json.dumps(before), as_version=4)
     for c in code_cells(nb):
@@ -139,6 +139,11 @@ def executed(page: Path, has_gpu: bool) -> tuple:  # notebook as a dict, notes
     was = {c['id']: c for c in before['cells']}
     for c in code_cells(nb):
         c['metadata'] = was[c['id']]['metadata']
+        warned = [''.join(o['text']) for o in c['outputs'] if o.get('name') == 'stderr']
+        c['outputs'] = [o for o in c['outputs'] if o.get('name') != 'stderr']
+        notes += [
+            f'cell {c["id"]} warns, which is not stored: {" ".join(w.split())[-300:]}' for w in warned if w.strip()
+        ]
         code = digest(computes(c))
         if directive(c, 'cuda') and has_gpu:
             held[c['id']] = code
@@ -177,7 +182,7 @@ def store(page: Path, has_gpu: bool = False) -> list:  # notes
     nb, notes = executed(page, has_gpu)
     nb = cleaned(nb)
     if wrong := faults(nb, [str(ROOT), str(Path.home()), socket.gethostname()]):
-        raise ValueError('; '.join(f'cell {where}: {what}' for where, what in wrong))
+        raise ValueError('; '.join(f'cell {where}: {what}' for where, what in wrong[:3]))
     if page.read_bytes() != was:
         raise ValueError('somebody has changed the page while it was executed')
     with atomic(page) as tmp:
@@ -209,7 +214,9 @@ def main(args=None) -> int:  # pages that could not be stored
     todo = [p for p in pages if code_cells(json.loads(p.read_text(encoding='utf-8'))) and (a.all or stale(p))]
     print(f'{len(todo)} of {len(pages)} pages to execute', flush=True)
     failed, has_gpu = 0, any('#| cuda' in p.read_text(encoding='utf-8') for p in todo) and gpu()
-    os.environ.update({f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}, PYTHONWARNINGS='ignore')
+    os.environ.update(
+        {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}, PYTHONWARNINGS='ignore', TQDM_DISABLE='1'
+    )
     os.environ.pop('MPLBACKEND', None)
     with ProcessPoolExecutor(a.at_once, mp_context=get_context('spawn')) as pool:
         jobs = [pool.submit(attempt, p, has_gpu) for p in todo]
