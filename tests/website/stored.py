@@ -156,7 +156,7 @@ def executed(page: Path, has_gpu: bool) -> tuple:  # notebook as a dict, notes
 
 def steady(nb: dict) -> dict:
     "Without what each execution draws anew: names of temporary folders, and the identifiers of pandas' styled tables."
-    drawn = re.compile(rf'{re.escape(tempfile.gettempdir())}/tmp\w{{8}}(?!\w)')
+    drawn = re.compile(rf'(?:{re.escape(tempfile.gettempdir())}|\.\.)/tmp\w{{8}}(?!\w)')
     for c in code_cells(nb):
         same = lambda s, k=c['id']: re.sub(r'(?<![a-zA-Z])T_[0-9a-f]{5}(?=["_ ])', f'T_{k[:5]}', drawn.sub('...', s))
         for o in c['outputs']:
