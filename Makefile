@@ -32,9 +32,12 @@ export UV_HTTP_TIMEOUT := 300
 # where it is set, every process compiles PyTorch and the rest from source: cxrpaper.training.finetune then takes 22 s of CPU to import instead of 9
 unexport PYTHONDONTWRITEBYTECODE
 
+# executes pages and stores them, each whole or not at all
+STORE = $(BIN)/python tests/website/stored.py
+ALL ?=
 PARTS ?= 1
 MIRROR ?=
-.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book site readme lock bench clean
+.PHONY: help data paper plan measure verify reproduce crate test test-quick lab book appendix site readme lock bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
@@ -84,15 +87,15 @@ lab: .venv/installed ## JupyterLab on nbs/index.ipynb
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb $(MORE)
 
 readme: .venv/installed ## README.md from nbs/index.ipynb, executed on what is in figures/ now
-	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN index.ipynb
-	$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	@$(STORE) --all nbs/index.ipynb
 	$(BIN)/python tests/readme.py README.md
 
 book: .venv/installed ## the pages of the book, executed and stored with what they show, and README.md (a few minutes)
-	cd nbs && for page in [0-9]*.ipynb appendix/paper/contents.ipynb; do echo $$page; OMP_NUM_THREADS=2 MPLBACKEND= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR $$page || exit 1; done
-	$(BIN)/python -c 'from cxrpaper.paper.contents import store_without_widgets; store_without_widgets(["nbs/09_reader.ipynb"])'
-	$(BIN)/nbdev_clean
+	@$(STORE) --all nbs/[0-9]*.ipynb nbs/appendix/paper/contents.ipynb
 	@$(MAKE) readme
+
+appendix: .venv/installed ## the pages of the appendix whose code changed since they were stored, executed and stored with what they show (ALL=1: every page, half an hour on two cores)
+	@$(STORE) $(if $(ALL),--all) nbs/appendix/*/*.ipynb
 
 # its own environment: what draws web pages is no part of the study's (tests/website/requirements.in)
 site: .venv/installed .site/installed ## the web pages, offline: book, appendix, library, tables and figures, into _docs/ (two minutes); what is broken, empty or stale fails it

@@ -1,7 +1,7 @@
 """Check the web pages that were built: python tests/website/check.py _docs .site/source; exit status 1 where something is wrong.
 
 Every link, anchor and picture leads somewhere and nothing is loaded from elsewhere; every formula of the sources is one of the pages;
-every stored output is shown; no page is empty or made from another state of its source than the one that is there now.
+every stored output is shown and belongs to the code above it; no page is empty or made from another state of its source than the one that is there now.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
+from stored import stale
 
 from cxrpaper.paper.contents import stale_pages, state_of
 
@@ -151,11 +152,18 @@ def stale_book(book, results: Path) -> list:
     ]
 
 
+def stale_outputs(pages) -> list:
+    "Pages, of the book and of the appendix, whose stored outputs are not of their code."
+    why = {p: stale(p) for p in pages}
+    run = lambda p: 'appendix' if 'appendix' in p.parts else 'book'
+    return [f'{p.name} {w}: run `make {run(p)}`' for p, w in why.items() if w]
+
+
 if __name__ == '__main__':
-    from pages import BOOK, digests, result_folders
+    from pages import BOOK, digests, notebooks, result_folders
 
     site, sources = map(Path, sys.argv[1:])
-    wrong = stale_book(BOOK, result_folders()['open']) + faults(site, sources, digests())
+    wrong = stale_book(BOOK, result_folders()['open']) + stale_outputs(notebooks()) + faults(site, sources, digests())
     n = len(list(site.rglob('*.html')))
     size = sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) / 2**20
     print('\n'.join(wrong) or f'{n} pages, {size:.0f} MiB: every link, picture, formula and output is there')

@@ -16,6 +16,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import yaml
+from stored import NOTED
 
 from cxrpaper.paper.contents import WIDGET, contents, figure_markdown, page_facts, state_of
 
@@ -105,15 +106,12 @@ def staged(path: Path, inside) -> dict:
                 )
         shown = re.sub(r'(?m)^#\|.*\n?', '', text)
         cells.append(cell | dict(source=shown, metadata=cell['metadata'] | dict(tags=tags)))
-    code = [c for c in cells if c['cell_type'] == 'code']
     module = page_facts(path)['module']
     notes = [f'Library: [`cxrpaper.{module}`]({up(path)}api/{module}.md).'] if module else []
-    if code and not any(c['outputs'] for c in code):
-        notes.append('Stored without its outputs: `make lab` opens it in JupyterLab, where it runs.')
     if notes:
         cells.insert(1, markdown_cell('```{note}\n' + '\n'.join(notes) + '\n```', 'note'))
-    nb['metadata'].pop('widgets', None)
-    return nb | dict(cells=cells)
+    kept = {k: v for k, v in nb['metadata'].items() if k not in ('widgets', NOTED)}
+    return nb | dict(metadata=kept, cells=cells)
 
 
 def up(path: Path) -> str:
