@@ -24,7 +24,7 @@ from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryFile
+from tempfile import TemporaryFile
 from threading import Lock
 
 import cv2
@@ -521,10 +521,10 @@ def _decode_gdcm(stream: bytes, ds):  # -> (H,W) integers
     reader, whole = gdcm.ImageRegionReader(), gdcm.BoxRegion()
     whole.SetDomain(0, ds.Columns - 1, 0, ds.Rows - 1, 0, 0)
     reader.SetRegion(whole)
-    with NamedTemporaryFile(suffix='.dcm') as f:
+    with TemporaryFile() as f:  # without a name: a decoder that crashes leaves no patient behind
         _lone_image(stream, ds).save_as(f, enforce_file_format=True)
-        f.flush()
-        reader.SetFileName(f.name)
+        f.seek(0)
+        reader.SetFileName(f'/dev/fd/{f.fileno()}')
         pixels = bytearray(ds.Rows * ds.Columns * ds.BitsAllocated // 8)
         if not (reader.ReadInformation() and reader.ComputeBufferLength() == len(pixels)):
             raise ValueError('GDCM finds no such image in the compressed stream')
