@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -53,29 +54,38 @@ def pytest_configure(config):
 
 
 # files whose tests take more than half a minute together, most of it in notebooks and trainings; the longest first, so that two workers end together
-LONG = 'study finetune parameters pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm'.split()
+LONG = 'study parameters moco finetune pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm'.split()
+
+
+SOON = 'graph warm models'.split()  # they train nothing, and start many processes or networks
 
 
 def pytest_collection_modifyitems(items):
-    place = {f'test_{k}': i for i, k in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    place = {f'test_{k}': i for i, k in enumerate(LONG + SOON)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
-        if item.path.stem in place:
+        if item.path.stem.removeprefix('test_') in LONG:
             item.add_marker('long')
 
 
-@pytest.fixture(scope='session')
-def warm():
-    "An environment in which `cxr_papermill` is a copy of one process that has imported PyTorch and the rest, as a job of `make paper` is."
+@contextmanager
+def warmed(env):
+    "This environment of `make paper` with a process that has imported PyTorch and the rest: `cxr_papermill` and kernels are copies of it."
     from cxrpaper.runs import KERNELS
     from cxrpaper.warm import SOCKET
 
-    env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | KERNELS
+    env = {k: v for k, v in env.items() if k != 'MPLBACKEND'} | KERNELS
     env |= {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')} | dict(PATH=f"{BIN}:{os.environ['PATH']}")
     command = [*([BIN / 'cxr_warm'] if sys.platform == 'linux' else []), 'sh', '-c', f'echo "${SOCKET}"; exec cat']
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         yield env | {SOCKET: p.stdout.readline().strip()}
         p.stdin.close()  # cat ends, and with it the process
+
+
+@pytest.fixture(scope='session')
+def warm():
+    with warmed(os.environ) as env:
+        yield env
 
 
 @pytest.fixture(scope='session')

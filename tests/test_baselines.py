@@ -22,7 +22,7 @@ def needs(*names):
             pytest.skip(f'real data not here: {n}')
 
 
-def folds_of(images, n=5, seed=0):
+def folds_of(images, n=3, seed=0):
     "Patient-disjoint stratified folds."
     f = np.zeros(len(images), int)
     for k, (_, test) in enumerate(
@@ -88,14 +88,14 @@ def siim():
 
 
 def test_size_baseline_of_siim(siim):
-    m = macro(baseline_predictions(siim, folds_of(siim), 'size'))
+    m = macro(baseline_predictions(siim, folds_of(siim, 5), 'size'))
     print({k: round(m[k], 3) for k in ('auc_macro', *(f'auc_{c}' for c in CLASSES))})
     assert abs(m['auc_macro'] - 0.612) < 0.01
     assert 0.67 < m['auc_negative'] < 0.72  # .685 by boosted trees alone
 
 
 def test_prior_baseline_of_siim(siim):
-    m = macro(baseline_predictions(siim, folds_of(siim), 'prior'))
+    m = macro(baseline_predictions(siim, folds_of(siim, 5), 'prior'))
     assert 0.485 <= m['auc_macro'] <= 0.5
 
 
@@ -103,7 +103,7 @@ def test_size_baseline_of_siim_is_in_the_sizes(siim):
     "With the sizes dealt out anew among patients nothing is left."
     g = np.random.default_rng(0)
     other = siim.assign(**{c: siim[c].to_numpy()[p] for p in [g.permutation(len(siim))] for c in ('height', 'width')})
-    assert macro(baseline_predictions(other, folds_of(other), 'size'))['auc_macro'] < 0.52
+    assert macro(baseline_predictions(other, folds_of(other, 5), 'size'))['auc_macro'] < 0.52
 
 
 def test_view_baseline_of_the_surrogate_cohort():
@@ -123,11 +123,11 @@ def test_view_baseline_of_the_surrogate_cohort():
         photometric='unknown',
     )
     assert len(d) == 250
-    auc = [macro(baseline_predictions(d, folds_of(d, seed=s), 'view')) for s in range(4)]
+    auc = [macro(baseline_predictions(d, folds_of(d, 5, seed=s), 'view')) for s in range(4)]
     print('view', np.round([a['auc_macro'] for a in auc], 3))
     assert abs(np.mean([a['auc_macro'] for a in auc]) - 0.59) < 0.03
     assert np.mean([a['auc_typical'] for a in auc]) > 0.67, 'typical is 61 AP to 10 PA of those with opacities'
-    size = macro(baseline_predictions(d, folds_of(d), 'size'))['auc_macro']
+    size = macro(baseline_predictions(d, folds_of(d, 5), 'size'))['auc_macro']
     assert size < 0.52, 'all of these are 1,024 px wide and high'
 
 
@@ -190,7 +190,7 @@ def test_out_of_fold_no_patient_is_remembered():
 
 def test_prior_is_the_share_of_the_other_folds():
     im = images()
-    f = folds_of(im)
+    f = folds_of(im, 5)
     df = baseline_predictions(im, f, 'prior')
     for k in range(5):
         want = im.label[f != k].value_counts(normalize=True).sort_index()
@@ -200,7 +200,7 @@ def test_prior_is_the_share_of_the_other_folds():
 # ---------------------------------------------------------------- format and bad input
 def test_predictions_have_the_format_of_a_run():
     im = images(200).sample(frac=1, random_state=0).reset_index(drop=True)
-    f = folds_of(im, 3)
+    f = folds_of(im)
     for k in BASELINES:
         df = baseline_predictions(im, f, k)
         assert (

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_finetune import small
+from test_pretraining import BASE
 
 from cxrpaper.models.nets import Encoder
-from cxrpaper.runs import InputError
+from cxrpaper.runs import InputError, load_run
 from cxrpaper.training.augment import PRESETS
 from cxrpaper.training.loop import Batches, Checkpointing, EpochRecorder, make_learner, scheduled
 from cxrpaper.training.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
@@ -153,30 +155,43 @@ def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, 
 
 
 SCRIPT = '''
-import json, sys; sys.path.insert(0, {tests!r})
+import sys; sys.path.insert(0, {tests!r})
 from cxrpaper.training.loop import plain, rank_and_world, start_device
 if __name__ == '__main__':
     device = start_device('cpu'); rank,world = rank_and_world()
     from test_moco import *
+    from test_pretraining import start
     learn,watching = learner(small(), groups=2); learn.fit(3)
     if rank == 0:
-        assert world == {world}
+        assert world == 2
         torch.save(dict(history=watching.history, state=plain(learn.model).state_dict()), sys.argv[1])
+    start('moco', sys.argv[2])
 '''
 
 
-def test_two_processes_train_as_one(data, tmp_path):
-    "Same loss, queue and weights as one process with the same global batch; the counter-test: with another batch they differ."
-    f = tmp_path / 'two.py'
-    f.write_text(SCRIPT.format(tests=str(ROOT / 'tests'), world=2))
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "What two processes have trained: the learner of this file, and a run of the study's kind; and what they said."
+    folder = tmp_path_factory.mktemp('two')
+    (folder / 'two.py').write_text(SCRIPT.format(tests=str(ROOT / 'tests')))
     r = subprocess.run(
-        [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc-per-node', '2', f, tmp_path / 'two.pt'],
+        [
+            Path(sys.executable).with_name('torchrun'),
+            *'--standalone --nproc-per-node 2 two.py two.pt'.split(),
+            folder / 'run',
+        ],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
     )
     assert r.returncode == 0, r.stderr[-3000:]
-    two = torch.load(tmp_path / 'two.pt', weights_only=False)
+    return folder, r.stdout
+
+
+def test_two_processes_train_as_one(two, data):
+    "Same loss, queue and weights as one process with the same global batch; the counter-test: with another batch they differ."
+    two = torch.load(two[0] / 'two.pt', weights_only=False)
     one, seen = learner(data)
     one.fit(3)
     losses = lambda h: np.array([e['train_loss'] for e in h])
@@ -190,3 +205,12 @@ def test_two_processes_train_as_one(data, tmp_path):
     other, seen = learner(data, batch=8)
     other.fit(3)
     assert np.abs(losses(two['history']) - losses(seen.history)).max() > 1e-3
+
+
+def test_two_processes_make_one_run(two):
+    "The first one writes; both end; history and probes are those of one process up to rounding."
+    folder, said = two
+    prov = load_run(folder / 'run')
+    history = pd.read_csv(folder / 'run' / 'history.csv')
+    assert len(history) == BASE['epochs'] and history.train_loss.between(0, 10).all() and prov['corpus']['used'] > 0
+    assert not (folder / 'run.partial').exists() and said.count('epoch 4/4') == 1

@@ -1,7 +1,6 @@
 "papermill takes any name and any type; the notebooks must not."
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -107,53 +106,47 @@ def test_a_missing_pretraining_is_an_error_where_that_is_asked_for(pretrain, war
     assert r.returncode != 0 and 'runs/nowhere' in r.stderr
 
 
-def test_a_missing_pretraining_runs_first_and_is_kept(tmp_path):
+INLINE = (
+    'module://matplotlib_inline.backend_inline'  # as a kernel sets it: the kernel that it starts is then a copy, too
+)
+
+
+def test_a_missing_pretraining_runs_first_and_is_kept(warm, tmp_path):
     "In a project without any run, twice: the second call starts from what the first has made."
     root = tmp_path / 'project'
     for name in ('nbs', 'cxrpaper', 'config'):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
     shutil.copy(ROOT / 'settings.ini', root)
     write_phantom(PhantomConfig(n_patients=120, px=96, seed=3), root / 'films')  # MoCo's queue takes 128 of them
-    command = [BIN / 'papermill', '--no-progress-bar', 'nbs/04_finetune.ipynb', 'out.ipynb', '-p', 'pretrain', 'moco']
-    said = []
-    for _ in range(2):
-        r = subprocess.run(
-            [*command, '-p', 'data_root', 'films', '-p', 'px', '64', '-p', 'epochs', '1'],
-            cwd=root,
-            env=os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
-            capture_output=True,
-            text=True,
-        )
-        assert r.returncode == 0, r.stderr[-3000:]
-        said.append((root / 'out.ipynb').read_text())
+    given = '-p pretrain moco -p data_root films -p px 64 -p epochs 1 -p run runs/one'
+    call = lambda out: f'cxr_papermill --no-progress-bar nbs/04_finetune.ipynb {out} {given}'
+    r = subprocess.run(
+        [
+            *([BIN / 'cxr_warm'] if sys.platform == 'linux' else []),
+            'sh',
+            '-ec',
+            f'{call("1.ipynb")}; {call("2.ipynb")}',
+        ],
+        cwd=root,
+        env=warm | dict(PYTHONPATH=str(root), PYTHONWARNINGS='ignore', MPLBACKEND=INLINE),
+        capture_output=True,
+        text=True,
+    )
+    assert r.returncode == 0, r.stderr[-3000:]
+    said = [(root / f'{k}.ipynb').read_text() for k in (1, 2)]
     assert 'MoCo runs first' in said[0] and 'epoch 1/' in said[0] and 's left' in said[0]
     assert 'MoCo runs first' not in said[1]
     assert len(list((root / 'runs/smoke/moco').glob('*/provenance.json'))) == 1
 
 
 def test_the_same_from_anywhere(warm, tmp_path):
-    "One small run from the root, from nbs/ and from elsewhere: the same predictions."
-    args = [
-        '-p',
-        'px',
-        '64',
-        '-p',
-        'epochs',
-        '1',
-        '-p',
-        'arch',
-        'resnet10t',
-        '-p',
-        'n_folds',
-        '3',
-        '-p',
-        'pretrain',
-        'none',
-    ]
+    "One small run from the root, from nbs/ and from elsewhere, on a folder named from the root: the same predictions."
+    films = write_phantom(PhantomConfig(n_patients=60, px=96, seed=3), workers=1).relative_to(ROOT)
+    given = f'-p data_root {films} -p px 64 -p epochs 1 -p arch resnet10t -p n_folds 3 -p pretrain none'
     seen, name = [], uuid.uuid4().hex[:8]
     for i, cwd in enumerate((ROOT, ROOT / 'nbs', tmp_path)):
         run = f'runs/test/anywhere-{name}-{i}'
-        r = papermill(warm, *args, '-p', 'run', run, cwd=cwd, out=tmp_path / f'{i}.ipynb')
+        r = papermill(warm, *given.split(), '-p', 'run', run, cwd=cwd, out=tmp_path / f'{i}.ipynb')
         assert r.returncode == 0, r.stderr[-3000:]
         seen.append((ROOT / run / 'predictions.csv').read_bytes())
         assert json.loads((ROOT / run / 'provenance.json').read_text())['params']['epochs'] == 1

@@ -1,9 +1,6 @@
 "Pre-training runs: killed at any moment they end with the same bytes; what they saw is on record, and fine-tuning asks for it."
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +21,6 @@ from cxrpaper.training.loop import load_checkpoint
 from cxrpaper.training.moco import moco
 from cxrpaper.training.pretraining import pretraining_data
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = dict(
     n_folds=3,
     fold=0,
@@ -66,16 +62,6 @@ def start(method, run, **change):
     return METHOD[method](
         Run(run, vars(p), dict(corpus=data.corpus.digest), code=f'training.{method}'), data, p, device='cpu'
     )
-
-
-SCRIPT = '''
-import sys; sys.path.insert(0, {tests!r})
-if __name__ == '__main__':
-    from cxrpaper.training.loop import start_device
-    start_device('cpu')
-    from test_pretraining import start
-    start('moco', sys.argv[1])
-'''
 
 
 def elsewhere(threads, method, run):
@@ -205,20 +191,3 @@ def test_a_queue_that_does_not_fit_is_refused_before_anything_is_written(tmp_pat
         with pytest.raises(InputError, match=what):
             start('moco', tmp_path / 'r', queue=queue)
     assert not list(tmp_path.iterdir())
-
-
-def test_two_processes_make_one_run(tmp_path):
-    "The first one writes; both end; history and probes are those of one process up to rounding."
-    script = tmp_path / 'pretrain.py'
-    script.write_text(SCRIPT.format(tests=str(ROOT / 'tests')))
-    r = subprocess.run(
-        [Path(sys.executable).with_name('torchrun'), '--standalone', '--nproc-per-node', '2', script, tmp_path / 'two'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
-    )
-    assert r.returncode == 0, r.stderr[-3000:]
-    prov = load_run(tmp_path / 'two')
-    history = pd.read_csv(tmp_path / 'two' / 'history.csv')
-    assert len(history) == BASE['epochs'] and history.train_loss.between(0, 10).all() and prov['corpus']['used'] > 0
-    assert not (tmp_path / 'two.partial').exists() and r.stdout.count('epoch 4/4') == 1

@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from conftest import warmed
 
 from cxrpaper.jobs import is_demo
 from cxrpaper.questions.subject import ANSWERS
@@ -101,8 +102,8 @@ def register(notebook, name, line):
     nbformat.write(nb, notebook)
 
 
-def clone(to, like=None):
-    "The project's sources in a folder of their own, with a tiny phantom as its data, that of another clone where there is one."
+def clone(to):
+    "The project's sources in a folder of their own, with a tiny phantom as its data."
     to.mkdir()
     for d in ('nbs', 'cxrpaper', 'config'):
         shutil.copytree(ROOT / d, to / d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
@@ -110,10 +111,6 @@ def clone(to, like=None):
         shutil.copy2(ROOT / f, to / f)
     (to / 'config' / 'tiny.yaml').write_text(yaml.safe_dump(WIDER))
     add_made_up(to)
-    if like:
-        for d in ('tiny', 'sorted'):
-            shutil.copytree(like / 'data' / d, to / 'data' / d)
-        return to
     subprocess.run([sys.executable, '-c', DATA], cwd=to, env=environment(to), check=True)
     return to
 
@@ -132,7 +129,12 @@ for r in c.images.itertuples():
 """
 
 
+WITHIN = {}  # root -> the environment in which its jobs are copies of a process that has imported what they need
+
+
 def environment(root):
+    if root in WITHIN:
+        return WITHIN[root]
     own = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'}  # as `make paper` runs it
     return own | dict(PYTHONPATH=str(root), PATH=f'{BIN}:{os.environ["PATH"]}', PYTHONWARNINGS='ignore')
 
@@ -166,8 +168,10 @@ def results(root):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     root = clone(tmp_path_factory.mktemp('whole') / 'clone')
-    study(root, within=WARM)
-    return root
+    with warmed(environment(root)) as env:
+        WITHIN[root] = env | dict(JUPYTER_DEFAULT_PROVISIONER_NAME='cxr-warm')  # kernels of cxr_verify, too
+        study(root)
+        yield root
 
 
 def test_every_table_and_figure_is_there(whole):
@@ -352,10 +356,10 @@ def kill_all(p):
             pass
 
 
-def kill(root, moment, seconds=300):
+def kill(root, moment, within=(), seconds=300):
     "Start the study; kill all of its processes as soon as a file matches `moment`."
     p = subprocess.Popen(
-        [*WARM, *command()],
+        [*within, *command('--nolock')],  # as `make paper` does
         cwd=root,
         env=environment(root),
         stdout=subprocess.DEVNULL,
@@ -367,14 +371,11 @@ def kill(root, moment, seconds=300):
         assert p.poll() is None and time.time() < end, f'{moment} was not seen'
         time.sleep(0.02)
     kill_all(p)
-    subprocess.run(command('--unlock'), cwd=root, env=environment(root), capture_output=True)
 
 
 def again(root, whole, without):
-    "A clone in which the study is finished but for what `without` names."
-    clone(root, whole)
-    for d in ('runs', 'data', '.snakemake'):
-        shutil.copytree(whole / d, root / d, dirs_exist_ok=True)
+    "A copy in which the study is finished but for what `without` names."
+    shutil.copytree(whole, root, ignore=shutil.ignore_patterns('crate', 'figures', '__pycache__'))
     for pattern in without:
         found = list(root.glob(pattern))
         assert found, pattern
@@ -392,13 +393,12 @@ def test_a_killed_study_ends_with_the_same_bytes(whole, tmp_path):
         'data/stores/*',
         'runs/smoke/finetune/resnet10t-none-fold0-seed0',
         'runs/smoke/finetune/*multitask*-fold1-seed0',
-        'runs/smoke/moco',
         *(f'runs/smoke/{k}.ipynb' for k in RESULTS),
     ]
     root = again(tmp_path / 'clone', whole, gone)
     kill(root, 'data/stores/building-*/journal')
     assert not list(root.glob('data/stores/*/store.json')), 'killed too late'
-    kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt')
+    kill(root, 'runs/smoke/finetune/*.partial/checkpoint.pt', WARM)
     assert list(root.glob('runs/smoke/finetune/*.partial')), 'killed when no model was in training'
     study(root, within=WARM)
     assert results(root) == results(whole)
@@ -408,7 +408,10 @@ def test_killed_at_random_moments(whole, tmp_path, kills):
     "`make paper` from nothing, killed at random moments, each time with all that it has started."
     if not kills:
         pytest.skip('takes as long as the study: pytest --kills 10 tests/test_study.py')
-    root, draw = clone(tmp_path / 'clone', whole), np.random.default_rng(int(time.time()))
+    root, draw = (
+        again(tmp_path / 'clone', whole, ['runs', '.snakemake', 'data/stores']),
+        np.random.default_rng(int(time.time())),
+    )
     for d in ('.venv', '.uv'):
         (root / d).symlink_to(ROOT / d)
     make = ['make', 'paper', 'PROFILE=tiny', 'CORES=2']
