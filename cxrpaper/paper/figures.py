@@ -307,7 +307,7 @@ def write_sweep(m: Making):  # matplotlib Figure
     write_figure('figure13', fig, caption, runs, m.out, study=m.file)
     return fig
 
-
+# %% ../../nbs/appendix/paper/figures.ipynb #9f09687c
 def write_label_curves(m: Making):  # matplotlib Figure
     "Figure 6, written."
     long, cells = label_evaluations(m.study, m.how)

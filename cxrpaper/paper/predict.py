@@ -84,14 +84,8 @@ def load_reading(
     df = load_predictions(run)
     validation = df[df.split == 'val'].reset_index(drop=True)
     about = dict(validation=validation, scaling=fit_temperature(validation), store=store)
-    about |= dict(
-        notice=NOTICE + (DRAWN if cohort.name == 'phantom' else ''),
-        labels=cohort.images.label.to_numpy(),
-        train=rows['train'],
-        bank=bank,
-        usual=usual,
-        far=far,
-    )
+    about |= dict(labels=cohort.images.label.to_numpy(), train=rows['train'], bank=bank, usual=usual, far=far)
+    about['notice'] = NOTICE + DRAWN * (cohort.name == 'phantom')
     return Reading(run=show_path(run), model=model, params=p, **about)
 
 # %% ../../nbs/appendix/paper/predict.ipynb #7bbc5adc

@@ -112,7 +112,7 @@ def _confusions(m, s, parts, about):
     caption = f'**Figure 5. Confusions** of {about} Of the images of each label those predicted each class: number, share, 95 % interval. Framed: what a reader of RICORD, another data set, says where another reader says the label; the other shares are not published.'
     return figure_confusions(parts['confusions']), caption, {}
 
-
+# %% ../../nbs/appendix/paper/scorecard.ipynb #2395d166
 def _robustness(m, s, parts, about):
     caption = f'**Figure 10. Image corruptions.** {about} Change of macro AUC from the unchanged images, paired; the darker, the stronger the corruption (its levels below its name). Gray: a loss within the margin; filled: a loss beyond the margin is shown.'
     return figure_robustness(parts['robustness']), caption, {}
