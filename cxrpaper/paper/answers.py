@@ -245,10 +245,12 @@ def finer_compared(e: Evidence) -> str:  # '' where Table 2 compares nothing
     side = lambda row: int(m[1]) if (m := re.search(r', px (\d+)$', row)) else px
     than = t[(t.metric == 'auc_macro') & (t.row == d.than.iloc[0])].iloc[0]
     same = f'{than.row.split(", ")[0]}, '  # said once: the network that all but the others are of
-    name = lambda row: f'{re.sub(", px [0-9]+$", "", row).replace(", imagenet", "")} at {side(row)} px'
-    each = ', '.join(f'{name(r.row).removeprefix(same)} {numbers(r)}' for r in d.itertuples())
+    what = lambda row: f'{re.sub(", px [0-9]+$", "", row).replace(", imagenet", "")} at '
+    kinds = [what(row).removeprefix(same) for row in d.row]
+    said = [k * (k != before) for k, before in zip(kinds, ['', *kinds])]
+    each = ', '.join(f'{k}{side(r.row)} px {numbers(r)}' for k, r in zip(said, d.itertuples()))
     runs = f'{int(than.n_units)} patients, {int(than.n_seeds)} runs'
-    return f'{name(than.row)}, fine-tuned: {cell(than)}, {runs}, no claim; minus it, {each}'
+    return f'{what(than.row)}{side(than.row)} px, fine-tuned: {cell(than)}, {runs}, no claim; minus it, {each}'
 
 # %% ../../nbs/appendix/paper/answers.ipynb #855c2017
 QUESTIONS = dict(
