@@ -52,7 +52,9 @@ def fold_frames(
     return [[load_predictions(r, p) for r, p in runs.items()] for runs in runs_by_seed(study, row)]
 
 
-def pool_seed(folds: list, leaky: bool = False) -> pd.DataFrame:  # frames of one seed; `attrs['start']` if they have one
+def pool_seed(
+    folds: list, leaky: bool = False
+) -> pd.DataFrame:  # frames of one seed; `attrs['start']` if they have one
     "The test rows of the folds of one seed, and the pre-training that they begin from."
     df = pool_folds(folds, leaky=leaky)
     df.attrs |= {k: v for k, v in folds[0].attrs.items() if k == 'start'}
