@@ -17,11 +17,11 @@ from ..study import label_runs, runs_by_seed
 IDS = dict.fromkeys(('image', 'study', 'patient', 'group'), str)
 
 
-def _same(a, b) -> bool:  # 1e-3 of a YAML file is text
+def _same(made, said) -> bool:  # 1e-3 of a YAML file is text; `weights` names a folder, and a run the file in it
     try:
-        return float(a) == float(b)
+        return float(made) == float(said)
     except (TypeError, ValueError):
-        return a == b
+        return made == said or str(made).startswith(f'{said}/')
 
 
 def check_settings_of(run, params: dict):  # of the study: name -> value, None: what the profile says
