@@ -7,6 +7,8 @@ __all__ = ['IDS', 'check_settings_of', 'load_predictions', 'fold_frames', 'pool_
            'baseline_path', 'baseline_frame']
 
 # %% ../../nbs/appendix/evaluation/predictions.ipynb #61ab8116
+from pathlib import Path
+
 import pandas as pd
 
 from .metrics import pool_folds
@@ -17,11 +19,13 @@ from ..study import label_runs, runs_by_seed
 IDS = dict.fromkeys(('image', 'study', 'patient', 'group'), str)
 
 
-def _same(made, said) -> bool:  # 1e-3 of a YAML file is text; `weights` names a folder, and a run the file in it
+def _same(
+    made, said
+) -> bool:  # 1e-3 of a YAML file is text; a path may be said in other ways, and a run names the file in it
     try:
         return float(made) == float(said)
     except (TypeError, ValueError):
-        return made == said or str(made).startswith(f'{said}/')
+        return made == said or said == 'none' and made is None or show_path(said) in (made, str(Path(str(made)).parent))
 
 
 def check_settings_of(run, params: dict):  # of the study: name -> value, None: what the profile says
