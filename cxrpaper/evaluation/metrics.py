@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predict
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases',
            'read_cases', 'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
-           'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'evaluate',
-           'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
+           'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'starts_of',
+           'evaluate', 'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
            'pr_points', 'curve_band']
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #259f4329
@@ -503,31 +503,35 @@ class Verdict(StrEnum):
 def run_variance(
     values: np.ndarray,  # (S,) a metric of S training runs of one method
     samples: np.ndarray,  # (S,B) the same in resampled patients
-) -> tuple:  # variance of one run, without and with what other patients would change in it
-    "What training again would change."
+    starts=None,  # (S,) the pre-training that each run begins from; None: no two share one
+) -> tuple:  # variance of one run, without and with what other patients would change in it; how many runs the mean is worth; degrees of freedom
+    "What training again would change. Runs from one pre-training count as their mean: to train again is to pre-train again."
     if len(values) < 2:
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0, 0
+    of = np.arange(len(values)) if starts is None else pd.factorize(pd.Series(starts, dtype=object).astype(str))[0]
+    of = of if of.any() else np.arange(len(values))  # one pre-training: the runs tell of it alone
+    count = np.bincount(of)
+    mean = (np.arange(len(count))[:, None] == of) / count[:, None]
+    values, samples, runs = mean @ values, mean @ samples, len(values)
     scatter = values.var(ddof=1)
     around = samples - samples.mean(0)
     around = around[:, ~np.isnan(around[0])]  # (S,B') of the defined resamples
     patients = around.var(axis=1, ddof=1).sum() / (len(values) - 1) if around.shape[1] > 1 else np.nan
-    return np.maximum(scatter - patients, 0.0), scatter
+    return np.maximum(scatter - patients, 0.0), scatter, runs**2 / (count**2).sum(), len(values) - 1
 
 
 def standard_error(
-    methods: list,  # of (values (S,), samples (S,B), sign): the sum of the signed means over runs is the estimate
+    methods: list,  # of (values (S,), samples (S,B), sign, and the starts of the runs or nothing): the sum of the signed means over runs is the estimate
     n_units: int,  # patients that carry it
 ) -> tuple:  # standard error, degrees of freedom
     "Over patients and, where every method has several runs, over training runs."
-    resampled = sum(sign * s.mean(0) for _, s, sign in methods)
+    resampled = sum(sign * s.mean(0) for _, s, sign, *_ in methods)
     of_patients = np.nanvar(resampled, ddof=1) if (~np.isnan(resampled)).sum() > 1 else np.nan
-    several = min(len(v) for v, _, _ in methods) > 1
-    parts = [(*run_variance(v, s), len(v)) for v, s, _ in methods] if several else []
-    total = of_patients + sum(v / n for v, _, n in parts)
-    spread = of_patients**2 / max(n_units - 1, 1) + sum((raw / n) ** 2 / (n - 1) for _, raw, n in parts)
-    least = min(
-        [max(n_units - 1, 1), *(n - 1 for *_, n in parts)]
-    )  # no sum of variances has fewer than its poorest part
+    several = min(len(v) for v, *_ in methods) > 1
+    parts = [run_variance(v, s, *starts) for v, s, _, *starts in methods] if several else []
+    total = of_patients + sum(v / n for v, _, n, _ in parts)
+    spread = of_patients**2 / max(n_units - 1, 1) + sum((raw / n) ** 2 / df for _, raw, n, df in parts)
+    least = min([max(n_units - 1, 1), *(df for *_, df in parts)])  # no sum of variances has fewer than its poorest part
     return total**0.5, max(total**2 / spread, least) if spread > 0 else max(n_units - 1, 1)
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #3cc53a3b
@@ -548,10 +552,11 @@ def estimate(
     values: np.ndarray,  # (S,) of the runs
     carrying: int,  # patients that carry it
     how: Resampling,
+    starts=None,  # (S,) as in `run_variance`
 ) -> dict:  # value, lo, hi, se, df; NaN where more than 5 % of the resamples are undefined
     "A mean over training runs with its interval."
     lo, hi, used = how.interval(samples.mean(0))
-    se, df = standard_error([(values, samples, 1)], carrying)
+    se, df = standard_error([(values, samples, 1, starts)], carrying)
     if 0 < value < 1 and not np.isnan(lo) and se > 0:
         lo, hi = logit_interval(value, se, df, how.level)
     return dict(value=value, lo=lo, hi=hi, se=se, df=df, n_boot=used)
@@ -559,14 +564,14 @@ def estimate(
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #c45dff0c
 def estimated_difference(
     a: tuple,
-    b: tuple,  # of A and B: (values (S,), samples (S,B))
+    b: tuple,  # of A and B: (values (S,), samples (S,B), and the starts of the runs or nothing)
     carrying: int,
     how: Resampling,
 ) -> dict:  # a, b, difference, lo, hi, p, se, df, n_boot
     "A minus B, with Student's interval and two-sided p."
     change = a[1].mean(0) - b[1].mean(0)
     _, _, used = how.interval(change)
-    se, df = standard_error([(*a, 1), (*b, -1)], carrying)
+    se, df = standard_error([(*m[:2], sign, *m[2:]) for m, sign in ((a, 1), (b, -1))], carrying)
     d = a[0].mean() - b[0].mean()
     half, p = (stats.t.ppf((1 + how.level) / 2, df) * se, 2 * stats.t.sf(abs(d) / se, df)) if se > 1e-12 else (0.0, 1.0)
     if used < (1 - UNDEFINED) * how.n_boot or np.isnan(se):
@@ -575,6 +580,11 @@ def estimated_difference(
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #ac0d35a3
 DEFAULT = Resampling()
+
+
+def starts_of(frames) -> list:  # of one method
+    "The pre-training that each run begins from, as `attrs['start']` says; a number of its own where it does not say."
+    return [f.attrs.get('start') or k for k, f in enumerate(frames)]
 
 
 def evaluate(
@@ -590,7 +600,7 @@ def evaluate(
     first, (values, samples) = cases[0], sampled(cases, how, metrics, progress)
     rows = [
         dict(metric=k)
-        | estimate(v.mean(), samples[k], v, first.n_carrying(k), how)
+        | estimate(v.mean(), samples[k], v, first.n_carrying(k), how, starts_of(frames))
         | dict(
             n=len(first.studies[0] if k.startswith('study') else first.y),
             n_units=first.n_units,
@@ -622,7 +632,7 @@ def bootstrap_difference(
     a, b = ([x] if isinstance(x, pd.DataFrame) else list(x) for x in (a, b))
     cases = aligned(a + b, how.unit, leaky)
     values, samples = sampled(cases, how, metrics, progress)
-    side = lambda k, at: (values[k][at], samples[k][at])
+    side = lambda k, at: (values[k][at], samples[k][at], starts_of((a + b)[at]))
     about = dict(n=len(cases[0].y), n_units=cases[0].n_units, n_runs=min(len(a), len(b)))
     rows = [
         dict(metric=k)

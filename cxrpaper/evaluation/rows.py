@@ -22,6 +22,7 @@ from cxrpaper.evaluation.metrics import (
     read_cases,
     run_variance,
     sampled,
+    starts_of,
 )
 from .plan import null_statistics, step_down
 from .predictions import row_frames
@@ -85,8 +86,9 @@ def differences(
     first = cases[0]
     rows, changes, spread = [], [], {}
     for metric in values:
-        side = {k: (values[metric][s], samples[metric][s]) for k, s in at.items()}
-        spread |= {(metric, k): (run_variance(*v)[0] / len(v[0]), len(v[0])) for k, v in side.items()}
+        side = {k: (values[metric][s], samples[metric][s], starts_of(frames[k])) for k, s in at.items()}
+        parts = {k: run_variance(*v) for k, v in side.items()}
+        spread |= {(metric, k): (one / n, df + 1) for k, (one, _, n, df) in parts.items()}
         for a, b, q in pairs:
             d = estimated_difference(side[a], side[b], first.n_carrying(metric), how)
             about = dict(n=len(first.y), n_units=first.n_units, n_runs=min(len(frames[a]), len(frames[b])))
