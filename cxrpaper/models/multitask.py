@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 
-from .nets import Classifier, Encoder, check_arch, check_forward
+from .nets import Classifier, Encoder, check_arch, check_forward, global_mean
 from ..runs import InputError, rng
 
 # %% ../../nbs/appendix/models/multitask.ipynb #1cea0fd9
@@ -91,7 +91,7 @@ class MultiTask(Classifier):
     ) -> tuple:  # logits (N, n_classes), mask logits (N, 1, H, W)
         maps = self.encoder(x)
         masks = self.segmentation_head(self.decoder(feature_pyramid(self.encoder, x, maps)))
-        return self.head(self.drop(maps[-1].float().mean((2, 3)))), masks
+        return self.head(self.drop(global_mean(maps[-1]))), masks
 
 # %% ../../nbs/appendix/models/multitask.ipynb #7fb27b941602401d91542211134fc71a
 def check_multitask(

@@ -27,7 +27,7 @@ from torch import nn
 
 from ..evaluation.metrics import DEFAULT, Resampling
 from ..evaluation.report import STYLE, dark_edge
-from ..models.nets import Classifier
+from ..models.nets import Classifier, Encoder
 from .shortcuts import lung_fields
 from .subject import TOO_FEW, Subject, worst
 from ..runs import InputError, rng, torch_generator
@@ -61,7 +61,7 @@ def simulate_squares(
 class TinyEncoder(nn.Module):
     "Three convolutions with the interface of `Encoder`: gray to one map at a quarter of the resolution."
 
-    channels = [32]
+    channels, tokens, pooled = [32], False, Encoder.pooled
 
     def __init__(self):
         super().__init__()
