@@ -30,6 +30,7 @@ BOOK = [NBS / 'index.ipynb', *sorted(NBS.glob('[0-9]*.ipynb'))]
 RESULTS = dict(
     open='Real radiographs', phantom='Phantoms', location='Phantoms, place tells', nolocation='Phantoms, shape tells'
 )  # config/<name>.yaml -> title of its page of results
+MEASURED = sorted((ROOT / 'figures/benchmarks').glob('*.png'))  # pictures that a page shows
 LONGEST = 25  # lines of code that are shown unfolded
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
 
@@ -286,7 +287,7 @@ def front_toctrees(results) -> str:
 def documents() -> dict:  # path in the project, as if it lay there -> text
     "Every page of the site as Sphinx is to read it."
     results, pages = result_folders(), notebooks()
-    inside = {*pages, *(p for d in results.values() for p in d.glob('*.*'))}
+    inside = {*pages, *MEASURED, *(p for d in results.values() for p in d.glob('*.*'))}
     out = {p: staged(p, inside) for p in pages}
     out[BOOK[0]]['cells'].append(markdown_cell(front_toctrees(results), 'toctree'))
     out = {p: json.dumps(nb, indent=1) for p, nb in out.items()}
@@ -318,10 +319,10 @@ def write(out: Path) -> dict:  # page -> sha256
         target = out / p.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding='utf-8')
-    for folder in result_folders().values():
-        for p in folder.glob('*.*'):
-            if p.suffix != '.md' and p.is_file():
-                shutil.copyfile(p, out / p.relative_to(ROOT))
+    for p in [*MEASURED, *(p for d in result_folders().values() for p in d.glob('*.*'))]:
+        if p.suffix != '.md' and p.is_file():
+            (out / p.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(p, out / p.relative_to(ROOT))
     made = digests(texts)
     (out / 'digests.json').write_text(json.dumps(made, indent=1))
     return made
