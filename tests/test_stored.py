@@ -89,7 +89,7 @@ FAULTS = {
     'a cell fails': 'double(None)',
     'a progress bar is shown': 'print("50%|")',
     'a place on this machine': 'print("/tmp/runs/3")',
-    'bytes, at most': 'print("a" * 1_100_000)',
+    'bytes, at most': 'print("123456789\\n" * 110_000)',
 }
 
 
