@@ -321,7 +321,7 @@ def large_films(folder, syntax, n, size=(2544, 3028), bits=12):
     ds = pydicom.dcmread(folder / '0.dcm')
     for k in range(1, n):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'2.25.{k + 1}'
-        ds.PatientID = f'p{k}'
+        ds.PatientID, ds.StudyInstanceUID = f'p{k}', f'2.25.1{k}'
         ds.save_as(folder / f'{k}.dcm')
     return [str(folder / f'{k}.dcm') for k in range(n)]
 
