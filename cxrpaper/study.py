@@ -304,7 +304,8 @@ def check_settings(given: dict, kind: str, bad):  # kind: as for `notebook_defau
 def check_rows(study, file):
     "InputError for a setting or a row that sets what is no parameter, or whose runs could not be named."
     for kind in ('finetune', *our_methods()):
-        check_settings(study[kind], kind, lambda *said, kind=kind: InputError(said[0], file, kind, said[1]))
+        bad = lambda problem, hint, where=kind: InputError(problem, file=file, field=where, hint=hint)
+        check_settings(study[kind], kind, bad)
     tables = {t: study[t] for t in ('table2', 'table3', 'table4')}
     tables |= {'table6: rows': (study['table6'] or dict(rows=[]))['rows'], 'readiness: rows': evaluated_rows(study)}
     for table, rows in tables.items():

@@ -54,6 +54,8 @@ LIBRARIES = (
     'pytorch_grad_cam',
     'crepes',
 )
+
+# %% ../nbs/appendix/machine/warm.ipynb #5371f830
 DECIDING = (
     'OMP_',
     'MKL_',

@@ -14,7 +14,7 @@ from cxrpaper.data.store import build_store
 from cxrpaper.paper.commands import onnx, predict
 from cxrpaper.paper.exchange import TOLERANCE, differences, export_onnx, portable, run_onnx
 from cxrpaper.paper.predict import load_reading, on_grid, read_images
-from cxrpaper.runs import InputError, Run, as_parameters, file_digest
+from cxrpaper.runs import InputError, Run, as_parameters, file_digest, keyed
 from cxrpaper.schema import CLASSES, LOGITS
 from cxrpaper.study import notebook_defaults
 from cxrpaper.training.finetune import PROFILES, finetune, load_model
@@ -33,7 +33,7 @@ def train(folder, **small):
     cohort = read_cohort(phantom('smoke'))
     store = build_store(cohort, p.px, workers=0)
     folds = assign_folds(cohort.images, n_folds=p.n_folds, seed=p.fold_seed)
-    settings = {k: v for k, v in vars(p).items() if k not in ('run', 'workers', 'data_root')}
+    settings = keyed(p)
     run = Run(folder, settings, dict(cohort=cohort.digest), code='training.finetune')
     finetune(run, cohort, store, folds, p)
     return run.path, cohort, store, np.flatnonzero(folds == 0)

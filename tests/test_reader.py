@@ -43,7 +43,7 @@ from cxrpaper.paper.room import (
     shown,
 )
 from cxrpaper.questions.subgroups import BY
-from cxrpaper.runs import InputError, Run, as_parameters, resolve, rng
+from cxrpaper.runs import InputError, Run, as_parameters, keyed, resolve, rng
 from cxrpaper.schema import CLASSES
 from cxrpaper.study import notebook_defaults, read_study, row_runs
 from cxrpaper.training.finetune import PROFILES, finetune, prediction_rows
@@ -333,7 +333,7 @@ def study(tmp_path_factory, corpus):
             for path, given in row_runs(checked, row).items():
                 given = PROFILES['smoke'] | given | dict(epochs=1)
                 p = as_parameters(notebook_defaults('finetune') | given)
-                settings = {k: v for k, v in vars(p).items() if k not in ('run', 'workers', 'data_root')}
+                settings = keyed(p)
                 inputs = dict(cohort=cohort.digest, store=store.pixels_sha256)
                 finetune(Run(path, settings, inputs, code='training.finetune'), cohort, store, folds, p)
         yield file

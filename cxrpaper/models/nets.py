@@ -22,6 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..runs import InputError
 
 # %% ../../nbs/appendix/models/nets.ipynb #01ae5867
+def _short(v) -> float:
+    "As short as float32 allows."
+    return float(str(np.float32(v)))
+
+
 def input_statistics(
     arch: str,  # a timm architecture
 ) -> tuple:  # mean, standard deviation: floats, for gray in [0, 1]
@@ -29,7 +34,7 @@ def input_statistics(
     cfg = timm.get_pretrained_cfg(arch)
     if cfg is None:
         return 0.5, 0.5
-    return tuple(float(np.mean(v)) for v in (cfg.mean, cfg.std))
+    return tuple(_short(np.mean(v)) for v in (cfg.mean, cfg.std))
 
 # %% ../../nbs/appendix/models/nets.ipynb #bf2302c0
 _EVA_X = {f'eva_x_{size}_patch16': f'eva02_{size}_patch14_224' for size in ('tiny', 'small', 'base')}
@@ -92,7 +97,7 @@ class Encoder(nn.Module):
 
     @property
     def statistics(self) -> tuple:
-        return tuple(float(str(np.float32(v))) for v in (self.mean, self.std))  # as short as float32 allows
+        return tuple(_short(v) for v in (self.mean, self.std))  # of the normalisation
 
     @statistics.setter
     def statistics(self, values):  # mean, standard deviation: those that the weights were trained with

@@ -276,17 +276,13 @@ def save_weights(
 ) -> str:  # sha256 of the file
     "Write all weights of `model` with the architecture's name, and the normalisation where it is not that of the architecture."
     encoder = getattr(model, 'encoder', model)
-    own = isinstance(encoder, Encoder) and encoder.statistics != _usual(encoder)
+    own = isinstance(encoder, Encoder) and encoder.statistics != input_statistics(encoder.arch)
     notes = dict(arch=getattr(encoder, 'arch', '')) | (dict(statistics=encoder.statistics) if own else {}) | notes
     with atomic(resolve(path)) as tmp:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         # one entry: the order of several is not fixed, so the bytes would not be; in memory first, so that a full disk is an OSError
         tmp.write_bytes(save(state, metadata=dict(notes=json.dumps(notes, sort_keys=True))))
     return file_digest(resolve(path))
-
-
-def _usual(encoder):
-    return tuple(float(str(np.float32(v))) for v in input_statistics(encoder.arch))
 
 
 def _set_statistics(encoder, notes):

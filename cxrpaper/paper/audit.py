@@ -626,7 +626,7 @@ ITEMS = [  # (guideline, item, what, name of its answer)
     ('TRIPOD+AI', '23b', 'heterogeneity of performance', 'the same for all?'),
 ]
 
-
+# %% ../../nbs/appendix/paper/audit.ipynb #cb17157f
 def facts_of(b: Brought, how: Resampling) -> dict:  # name -> sentence
     "What was judged, in words."
     t, n = attributes_of(b), b.unit.max() + 1

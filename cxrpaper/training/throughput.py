@@ -439,8 +439,9 @@ def plan_text(
 ) -> str:
     "The plan by the study's finished runs, and for every device on which a training of it was measured, in words and numbers."
     throughput = read_throughput() if throughput is None else throughput
-    for arch in {r['arch'] for r in all_rows(study)}:
-        Encoder(arch)  # InputError where there is no such network
+    with torch.device('meta'):
+        for arch in {r['arch'] for r in all_rows(study)}:
+            Encoder(arch)  # InputError where there is no such network
     counts = tuple(said or found for said, found in zip(images, image_counts(study)))
     runs = plan(study, by_runs(study))
     images = f'images: {counts[0] or "not known"} labelled'
