@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STUDY', 'SHARED', 'CORPUS', 'phantom_root', 'checked', 'also', 'start_title', 'backbone_title', 'row_title',
            'pretrain_title', 'StudyLoader', 'load_yaml', 'read_study', 'check_folder', 'run_name', 'evaluated_rows',
-           'leaking_rows', 'all_rows', 'notebook_defaults', 'check_settings', 'check_rows', 'check_tables',
-           'check_pretraining', 'check_readiness', 'saved_cohort', 'pretraining_runs', 'pretraining_seeds',
-           'pretraining_run', 'corpus_state', 'row_params', 'runs_by_seed', 'row_runs', 'label_runs', 'grid',
-           'papermill_yaml']
+           'leaking_rows', 'all_rows', 'notebook_cells', 'notebook_defaults', 'notebook_rules', 'check_settings',
+           'check_rows', 'check_tables', 'check_pretraining', 'check_phantoms', 'check_readiness', 'saved_cohort',
+           'pretraining_runs', 'pretraining_seeds', 'pretraining_run', 'corpus_state', 'row_params', 'runs_by_seed',
+           'row_runs', 'label_runs', 'grid', 'papermill_yaml']
 
 # %% ../nbs/appendix/machine/study.ipynb #dbde8a7f
 import ast
@@ -26,6 +26,7 @@ from cxrpaper.runs import (
     choice,
     code_digest,
     digest,
+    flag,
     integer,
     number,
     optional,
@@ -278,27 +279,63 @@ def all_rows(study) -> list:  # rows of every table
     ]
 
 # %% ../nbs/appendix/machine/study.ipynb #19acb483
+def _module(kind):
+    return kind if '.' in kind else f'training.{kind}'
+
+
 @cache
-def notebook_defaults(kind: str) -> dict:  # such as 'finetune': the module training.<kind>
+def notebook_cells(kind: str) -> list:  # such as 'finetune', for 'training.finetune', or 'data.phantom'; two sources
+    "The parameters cell of the module's notebook, and the one that checks them."
+    cells = json.loads(page_of(_module(kind)).read_text(encoding='utf-8'))['cells']
+    text = {''.join(c['source']): 'parameters' in c['metadata'].get('tags', ()) for c in cells}
+    return [
+        next(s for s, tagged in text.items() if tagged),
+        next(s for s in text if 'parameters(\n    globals(),' in s),
+    ]
+
+
+@cache
+def notebook_defaults(kind: str) -> dict:  # as for `notebook_cells`
     "The parameters cell of its notebook: name -> default."
-    cells = json.loads(page_of(f'training.{kind}').read_text(encoding='utf-8'))['cells']
-    source = next(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ()))
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+    nodes = [node for node in ast.parse(notebook_cells(kind)[0]).body if isinstance(node, ast.AnnAssign)]
     return {node.target.id: ast.literal_eval(node.value) for node in nodes}
+
+# %% ../nbs/appendix/machine/study.ipynb #78af0617
+@cache
+def notebook_rules(kind: str) -> dict:  # name -> rule; without those that name what other modules know
+    "What its notebook accepts for each parameter, as far as that can be said without its libraries."
+    rules, found = {f.__name__: f for f in (choice, flag, integer, number, optional, text)}, {}
+    call = next(n for n in ast.walk(ast.parse(notebook_cells(kind)[1])) if isinstance(n, ast.Call))
+    for k in call.keywords:
+        try:
+            found[k.arg] = eval(compile(ast.Expression(k.value), k.arg, 'eval'), rules)
+        except NameError:
+            pass
+    return {k: rule for k, rule in found.items() if callable(rule)}
 
 # %% ../nbs/appendix/machine/study.ipynb #2a950d42
 SHARED = {'profile', 'data_root', 'adapter', 'labelled_root', 'labelled_adapter', 'n_folds', 'fold', 'seed', 'run'}
 
 
-def check_settings(given: dict, kind: str, bad):  # kind: as for `notebook_defaults`; bad: (problem, hint) -> the error
-    "The error for a setting that is no parameter of the notebook, or that the study decides for all of its runs."
-    for odd in sorted(SHARED & set(given)):
+def check_settings(
+    given: dict,
+    kind: str,  # as for `notebook_cells`
+    bad,  # (problem, hint) -> the error
+    shared=frozenset(SHARED),  # what the study decides for all of its runs
+):
+    "The error for a setting that is no parameter of the notebook, that it does not accept, or that the study decides for all of its runs."
+    for odd in sorted(shared & set(given)):
         raise bad(f'{odd} is the same for all runs, or counted by them', 'leave it out here')
-    known = set(notebook_defaults(kind)) - SHARED
+    known = set(notebook_defaults(kind)) - shared
     for odd in sorted(set(given) - known):
         near = difflib.get_close_matches(odd, known, 1)
-        hint = f'did you mean {near[0]}?' if near else f'give parameters of {page_of(f"training.{kind}").stem}'
+        hint = f'did you mean {near[0]}?' if near else f'give parameters of {page_of(_module(kind)).stem}'
         raise bad(f'{odd} is no parameter', hint)
+    for k, rule in notebook_rules(kind).items():
+        try:
+            rule(given[k]) if given.get(k) is not None else None
+        except ValueError as e:
+            raise bad(f'{k}: {given[k]!r} is not accepted', f'give {e}') from None
 
 # %% ../nbs/appendix/machine/study.ipynb #2a6fb9bf
 def check_rows(study, file):
@@ -350,6 +387,7 @@ def check_tables(study, file):
     if study['readiness'] is not None:
         check_readiness(study['readiness'], file)
     check_pretraining(study, file)
+    check_phantoms(study, file)
 
 # %% ../nbs/appendix/machine/study.ipynb #b1e3bb5e
 def check_pretraining(study, file):
@@ -364,6 +402,15 @@ def check_pretraining(study, file):
         raise bad(f'the keys are {", ".join(corpus)}', hint)
     if own and 'seeds' in corpus:  # one that stands twice would count as two
         checked(dict(seeds=corpus['seeds']), dict(seeds=_list_of(integer(0, 10**6))), file)
+
+
+def check_phantoms(study, file):
+    "InputError for a phantom that could not be drawn."
+    external = (study['readiness'] or {}).get('external')
+    others = {'pretraining: phantom': study['pretraining'], 'readiness: external: phantom': external}
+    for where, of in dict(phantom=study, **others).items():
+        bad = lambda problem, hint, where=where: InputError(problem, file=file, field=where, hint=hint)
+        check_settings((of or {}).get('phantom') or {}, 'data.phantom', bad, {'profile', 'out'})
 
 # %% ../nbs/appendix/machine/study.ipynb #5aae20f7
 CORPUS = ['adapter', 'data_root', 'phantom']

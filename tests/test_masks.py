@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 from cxrpaper.data.readers import read_real_cxr
 from cxrpaper.data.store import boxes_mask, build_store
+from cxrpaper.evaluation import rows as evaluation_rows
 from cxrpaper.evaluation.masks import (
     LIMIT,
     MASK_METRICS,
@@ -419,6 +420,34 @@ def test_interval_is_the_one_of_a_loop(by):
         inside.any(1).sum() if by == 'image' else tests.study[inside.any(1)].nunique()
     )
     assert got.set_index('metric').n_units['pixel_ap'] == len(groups)
+
+
+def test_runs_of_one_pre_training_are_no_independent_runs():
+    "Five runs of two pre-trainings, which differ more than their runs do: the interval knows two, with one degree of freedom; a start that no runs share changes nothing."
+
+    def of(starts):
+        seeds = [[fold_of(40 + s, 1.0 + 1.5 * (s > 2), 1.0)] for s in range(5)]
+        for (r,), start in zip(seeds, starts):
+            r.images.attrs['start'] = start
+        return seeds
+
+    how = Resampling(100, 1)
+    shared, own, none = (of(s) for s in (['a'] * 3 + ['b'] * 2, list('abcde'), [None] * 5))
+    e, each, plain = (evaluate_masks(s, how).set_index('metric').loc['dice'] for s in (shared, own, none))
+    assert each.equals(plain) and e.value == plain.value
+    assert e.se > 1.3 * plain.se and e.df < 1.5 < plain.df and e.hi - e.lo > 2 * (plain.hi - plain.lo)
+    other = [[fold_of(60 + s, 2.0, 1.5)] for s in range(5)]
+    d, each = (mask_difference(s, other, how).set_index('metric').loc['dice'] for s in (shared, own))
+    back = mask_difference(other, shared, how).set_index('metric').loc['dice']
+    assert d.difference == each.difference and d.se > 1.3 * each.se and back.se == pytest.approx(d.se)
+
+
+def test_mask_scores_of_a_row_say_what_their_runs_begin_from(monkeypatch):
+    runs = {f'run{s}{f}': dict(seed=s, weights=w) for s, w in enumerate(('moco/a', 'moco/b', None)) for f in range(2)}
+    monkeypatch.setattr(evaluation_rows, 'row_runs', lambda study, row: runs)
+    monkeypatch.setattr(evaluation_rows, 'load_mask_scores', lambda folder: fold_of(0, 2.0))
+    found = evaluation_rows.mask_runs(dict(seeds=[0, 1, 2]), {})
+    assert [[r.images.attrs['start'] for r in s] for s in found] == [['moco/a'] * 2, ['moco/b'] * 2, [None] * 2]
 
 
 def test_what_has_no_images_has_no_value():

@@ -17,7 +17,15 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from ..data.store import boxes_fit, boxes_mask, pixel_span, to_store
-from .metrics import DEFAULT, UNITS, Resampling, estimate, estimated_difference, resampled_units
+from cxrpaper.evaluation.metrics import (
+    DEFAULT,
+    UNITS,
+    Resampling,
+    estimate,
+    estimated_difference,
+    resampled_units,
+    starts_of,
+)
 from ..runs import InputError, atomic, resolve, show_path
 from ..schema import CLASSES
 
@@ -438,6 +446,13 @@ def _sampled(cases, how: Resampling):
     parts = [[c.samples(counts) for c in cases] for counts in how.weights(cases[0].n_units)]
     return points, np.concatenate(parts, 2)
 
+
+def _starts(
+    seeds,
+):  # one list of runs per seed; `attrs['start']` of their tables: the pre-training that they begin from
+    "What `starts_of` says of each seed."
+    return starts_of([(r if isinstance(r, MaskScores) else r[0]).images for r in seeds])
+
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900059
 def evaluate_masks(
     seeds,  # one list of runs (MaskScores of a fold, with val and test rows) per seed
@@ -451,7 +466,7 @@ def evaluate_masks(
     rows = []
     for i, k in enumerate(MASK_METRICS):
         at = cases[0].units[i]
-        e = estimate(points[:, i].mean(), samples[:, i], points[:, i], at, how)
+        e = estimate(points[:, i].mean(), samples[:, i], points[:, i], at, how, _starts(seeds))
         rows.append(dict(metric=k) | e | dict(n=cases[0].n[i], n_units=at, n_seeds=len(cases)))
     return pd.DataFrame(rows)
 
@@ -472,8 +487,9 @@ def mask_difference(
     cases = _seed_cases([*a, *b], how.unit, by, leaky)
     points, samples = _sampled(cases, how)
     rows = []
+    starts, sides = _starts([*a, *b]), (slice(None, len(a)), slice(len(a), None))
     for i, k in enumerate(MASK_METRICS):
-        one, two = ((points[at, i], samples[at, i]) for at in (slice(None, len(a)), slice(len(a), None)))
+        one, two = ((points[at, i], samples[at, i], starts[at]) for at in sides)
         d = estimated_difference(one, two, cases[0].units[i], how)
         about = dict(n=cases[0].n[i], n_units=cases[0].units[i], n_runs=min(len(a), len(b)))
         rows.append(dict(metric=k) | d | about)

@@ -132,10 +132,18 @@ def evaluated(
     return frames, long
 
 
-def mask_runs(study, row, name='segmentation'):  # one list per seed of MaskScores, a fold each
+def mask_runs(
+    study, row, name='segmentation'
+) -> list:  # one list per seed of MaskScores, a fold each; `images.attrs['start']`: their pre-training
     "The mask scores of a row; `name='prior'`: those of the box prior on the same folds."
     runs = row_runs(study, row)
-    return [[load_mask_scores(resolve(r) / name) for r, p in runs.items() if p['seed'] == s] for s in study['seeds']]
+    found = []
+    for s in study['seeds']:
+        mine = {r: p for r, p in runs.items() if p['seed'] == s}
+        found.append([load_mask_scores(resolve(r) / name) for r in mine])
+        for scores, p in zip(found[-1], mine.values()):
+            scores.images.attrs['start'] = p.get('weights')
+    return found
 
 # %% ../../nbs/appendix/evaluation/rows.ipynb #d5663a0a
 def other_counts(

@@ -194,7 +194,7 @@ def figure_sweep(study, how: Resampling = DEFAULT):
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.6))
         for ax, d, first in zip(axs, (auc, dice), (0, 1)):
             error = [d.value - d.lo, d.hi - d.value]
-            ax.errorbar(np.arange(len(d)) + first, d.value, error, fmt='o-', color='0.15', capsize=3, ms=4)
+            ax.errorbar(np.arange(len(d)) + first, d.value, error, fmt='o', color='0.15', capsize=3, ms=4)
             names = ['0\n(single-task)', *(f'{w:g}' for w, _ in rows[1:])]
             ax.set(xticks=range(first, len(rows)), xticklabels=names[first:], xlim=(first - 0.4, len(rows) - 0.6))
             ax.set_xlabel('weight of the segmentation loss')
