@@ -313,3 +313,15 @@ def test_hashes_of_a_store_serve_as_well(real):
         [np.rint(255 * squash(read_radiograph(CXR / everything.images.path[i]), 128)).astype(np.uint8) for i in some]
     )
     assert np.diag(hash_distances(small, hashes[some])).max() < 100
+
+
+@needs_cxr
+def test_the_radiographs_of_the_real_study_are_the_named_ones():
+    "config/open_images.csv: the file names of NIH and the folds of config/open.yaml, as the corpus and the code give them now."
+    named = pd.read_csv(project_root() / 'config/open_images.csv', dtype={'nih_image': str})
+    index = pd.read_csv(CXR / 'index.csv', usecols=['uid', 'filename', 'source'], dtype=str).set_index('uid')
+    images = read_cohort(CXR).images
+    images = images[images.label >= 0].assign(fold=lambda t: assign_folds(t, n_folds=5)).set_index('image')
+    assert set(index.source[images.index]) == {'nih'}
+    here = images.fold.rename(index.filename).sort_index()
+    assert here.to_dict() == named.set_index('nih_image').fold.to_dict() and named.nih_image.is_unique
