@@ -162,9 +162,10 @@ MOCO = dict(arch='tf_efficientnet_lite0', batch_size=16, queue=128, px=PX)
 N_STEPS = 20  # an epoch: lightly's workers begin anew at each, so few steps would flatter ours
 
 
-def moco_ours(d):
-    "A function that makes an epoch of N_STEPS, and the seconds that each took."
-    return epochs_of('moco', all_params('moco', MOCO | dict(profile='smoke', pretrain='none')), N_STEPS, d)
+def moco_ours(d, groups):
+    "A function that makes an epoch of N_STEPS, and the seconds that each took; `groups` of batch norm: lightly has one."
+    own = dict(profile='smoke', pretrain='none', bn_groups=groups)
+    return epochs_of('moco', all_params('moco', MOCO | own), N_STEPS, d)
 
 
 def moco_lightly():
@@ -242,7 +243,7 @@ def two_epochs(whose, told):
     importlib.import_module(dict(ours='cxrpaper.training.moco', lightly='lightly.transforms')[whose])
     told.send('imported')
     with tempfile.TemporaryDirectory() as d:
-        step = moco_ours(d)[0] if whose == 'ours' else moco_lightly()
+        step = moco_ours(d, 2)[0] if whose == 'ours' else moco_lightly()
         for _ in range(2):
             step()
     told.send('ended')
@@ -267,11 +268,15 @@ def memory(whose):
 def moco():
     "A step of MoCo against lightly's, and the memory of both."
     theirs, name = moco_lightly(), f"MoCo {MOCO['arch']}, {PX} px, batch {MOCO['batch_size']}"
-    with tempfile.TemporaryDirectory() as d:
-        ours, timing = moco_ours(d)
-        t = interleaved(ours, theirs)
-        t[:, 0] = [s for s, _ in timing.seconds[-len(t) :]]
-    yield row(name, 'lightly, two workers', t, 'images', N_STEPS * MOCO['batch_size'], 1.2)
+    for groups, note in (
+        (1, 'one group of batch norm, as lightly'),
+        (2, 'two groups, which lightly has not: the default'),
+    ):
+        with tempfile.TemporaryDirectory() as d:
+            ours, timing = moco_ours(d, groups)
+            t = interleaved(ours, theirs)
+            t[:, 0] = [s for s, _ in timing.seconds[-len(t) :]]
+        yield row(name, 'lightly, two workers', t, 'images', N_STEPS * MOCO['batch_size'], 1.2, note)
     most = np.array([(memory('ours'), memory('lightly')) for _ in range(3)])
     ours, other = np.median(most, 0)
     ratio = most[:, 1] / most[:, 0]
