@@ -18,7 +18,7 @@ from cxrpaper.models.nets import Encoder
 from cxrpaper.runs import InputError, load_run
 from cxrpaper.training.augment import PRESETS
 from cxrpaper.training.loop import Batches, Checkpointing, EpochRecorder, make_learner, scheduled
-from cxrpaper.training.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
+from cxrpaper.training.moco import InfoNCE, MoCo, Shuffling, TwoViews, check_groups, check_queue
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +154,24 @@ def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, 
     assert all((a[k] == b[k]).all() for k in a) and {'queue', 'pointer', 'key_encoder.model.conv1.0.weight'} <= set(a)
 
 
+def test_an_order_of_keys_that_is_counted_is_that_of_the_model(data, tmp_path):
+    "Whole, and stopped and resumed; the counter-test: without shuffling the weights are others."
+    drawn = learner(data)[0]
+    drawn.fit(3)
+    counted = learner(data, cbs=[Shuffling()])[0]
+    counted.fit(3)
+    with pytest.raises(KeyboardInterrupt):
+        learner(data, tmp_path / 'part.pt', cbs=[Shuffling(), Stop(1, 1)])[0].fit(3)
+    part = learner(data, tmp_path / 'part.pt', cbs=[Shuffling()])[0]
+    part.fit(3)
+    off = learner(data)[0]
+    off.model.shuffle = False
+    off.fit(3)
+    a, b, c, d = (learn.model.state_dict() for learn in (drawn, counted, part, off))
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
+    assert not torch.equal(a['queue'], d['queue'])
+
+
 SCRIPT = '''
 import sys; sys.path.insert(0, {tests!r})
 from cxrpaper.training.loop import plain, rank_and_world, start_device
@@ -161,7 +179,7 @@ if __name__ == '__main__':
     device = start_device('cpu'); rank,world = rank_and_world()
     from test_moco import *
     from test_pretraining import start
-    learn,watching = learner(small(), groups=2); learn.fit(3)
+    learn,watching = learner(small(), groups=2, cbs=[Shuffling()]); learn.fit(3)
     if rank == 0:
         assert world == 2
         torch.save(dict(history=watching.history, state=plain(learn.model).state_dict()), sys.argv[1])
