@@ -149,7 +149,9 @@ def write_backbones(m: Making) -> tuple:  # Markdown, every number
     )
     about = dict(n=len(first[0]), patients=int(first[0].group.nunique()), seeds=m.study['seeds'])
     every = with_differences(long, diffs) if len(diffs) else long
-    return m.write('table2', every, [main, wide(long, BY_CLASS)], caption, needed_runs(m.study), **about), long
+    runs = [r for row in m.study['table2'] for r in row_runs(m.study, row)]
+    runs += [baseline_path(m.study, k) for k in BASELINES]
+    return m.write('table2', every, [main, wide(long, BY_CLASS)], caption, runs, **about), long
 
 # %% ../../nbs/appendix/paper/tables.ipynb #81b988dc
 CONTROLS = ('presence', 'shuffled')  # masks that keep what is known of the class and take away the place
