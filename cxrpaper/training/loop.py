@@ -95,7 +95,7 @@ def there(
     t = torch.from_numpy(array)
     return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else t.to(device)
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #d8a8d653
 class Batches:
     "Batches of a store as fastai's `Learner` reads them: x (B,1,px,px) uint8, y (B,) int64 and, with `taught`, masks (B,1,px,px) uint8 and annotated (A,) int64, the places in the batch whose masks count, on `device`; `part`: the rows of the last one."
 
@@ -450,7 +450,7 @@ def as_before(model, device: torch.device):
             for t, was in zip(held_by(model), kept):
                 t.copy_(was)
 
-
+# %% ../../nbs/appendix/training/loop.ipynb #17b88e93
 @patch
 def capture(self: Graphing):
     model, device = self.model, self.xb[0].device
