@@ -83,7 +83,7 @@ rule cohort:
     priority: 2
     input: nb=page('data.cohort'), data=[f'{RUNS}/phantom.ipynb'] if PHANTOM else []
     output: f'{RUNS}/cohort.ipynb'
-    params: code=code('data.cohort'), data=lambda w: None if PHANTOM else corpus_state(study['data_root']), y=yaml_for(**DATA, n_folds=study['n_folds'], workers=DECODING, out=f'{RUNS}/cohort')
+    params: code=code('data.cohort'), data=lambda w: None if PHANTOM else corpus_state(study['data_root']), y=yaml_for(**DATA, n_folds=study['n_folds'], px=study['px'], workers=DECODING, out=f'{RUNS}/cohort') # the store of px comes with the search for copies: each file is decoded once
     log: f'{RUNS}/logs/cohort.log'
     threads: DECODING
     shell: CPU

@@ -54,7 +54,7 @@ def pytest_configure(config):
 
 
 # files whose tests take more than half a minute together, most of it in notebooks and trainings; the longest first, so that two workers end together
-LONG = 'study parameters moco finetune pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm'.split()
+LONG = 'study parameters moco finetune pretraining store baselines fuzz phantom difficulty robustness environment lab privacy slurm benchmark'.split()
 
 
 SOON = 'graph warm models'.split()  # they train nothing, and start many processes or networks

@@ -19,24 +19,30 @@ JOBS = [
     'paper.tables',
     'paper.figures',
 ]
-ASK = 'import json, sys; from cxrpaper.runs import code_digest; print(json.dumps({m: code_digest(m) for m in sys.argv[1:]}))'
-
-
-def digests(root):
-    r = subprocess.run(
-        [sys.executable, '-c', ASK, *JOBS], cwd=root, env={'PYTHONPATH': str(root)}, capture_output=True, text=True
-    )
-    assert r.returncode == 0, r.stderr[-2000:]
-    return json.loads(r.stdout)
+ANSWER = """
+import json, sys
+from cxrpaper.runs import code_digest
+for line in sys.stdin:
+    print(json.dumps({m: code_digest(m) for m in line.split()}), flush=True)
+"""
 
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
+    "A copy of the package, and what asks it for its digests: one process, which reads again what has changed."
     root = tmp_path_factory.mktemp('digests')
     shutil.copytree(ROOT / 'cxrpaper', root / 'cxrpaper', ignore=shutil.ignore_patterns('__pycache__'))
     (root / 'nbs').mkdir()
     shutil.copy(ROOT / 'settings.ini', root)
-    return root, digests(root)
+    how = dict(cwd=root, env={'PYTHONPATH': str(root)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, '-c', ANSWER], **how) as p:
+
+        def digests():
+            print(*JOBS, file=p.stdin, flush=True)
+            return json.loads(p.stdout.readline())
+
+        yield root, digests, digests()
+        p.stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def copy(tmp_path_factory):
     ids=['docstring', 'comment', 'rib', 'loss', 'moco loss', 'augmentation', 'colour'],
 )
 def test_a_change_makes_stale_what_computes_with_it(copy, module, old, new, stale):
-    root, before = copy
+    root, digests, before = copy
     file = root / 'cxrpaper' / f'{module}.py'
     text = file.read_text()
     assert old in text
@@ -61,7 +67,7 @@ def test_a_change_makes_stale_what_computes_with_it(copy, module, old, new, stal
         new = changed_statement(text, old)
     try:
         file.write_text(text.replace(old, new, 1))
-        after = digests(root)
+        after = digests()
     finally:
         file.write_text(text)
     said = {m for m in JOBS if before[m] != after[m]}

@@ -1,10 +1,7 @@
 "MoCo: loss, queue and momentum against lightly and loops; several processes against one; killed runs."
 
 import os
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +9,23 @@ import pandas as pd
 import pytest
 import torch
 from test_finetune import small
-from test_pretraining import BASE
+from test_pretraining import BASE, start
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cxrpaper.models.nets import Encoder
 from cxrpaper.runs import InputError, load_run
 from cxrpaper.training.augment import PRESETS
-from cxrpaper.training.loop import Batches, Checkpointing, EpochRecorder, make_learner, scheduled
-from cxrpaper.training.moco import InfoNCE, MoCo, TwoViews, check_groups, check_queue
-
-ROOT = Path(__file__).resolve().parent.parent
+from cxrpaper.training.loop import (
+    Batches,
+    Checkpointing,
+    EpochRecorder,
+    make_learner,
+    plain,
+    rank_and_world,
+    scheduled,
+    start_device,
+)
+from cxrpaper.training.moco import InfoNCE, MoCo, Shuffling, TwoViews, check_groups, check_queue
 
 
 @pytest.fixture(autouse=True)
@@ -154,39 +159,55 @@ def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, 
     assert all((a[k] == b[k]).all() for k in a) and {'queue', 'pointer', 'key_encoder.model.conv1.0.weight'} <= set(a)
 
 
-SCRIPT = '''
-import sys; sys.path.insert(0, {tests!r})
-from cxrpaper.training.loop import plain, rank_and_world, start_device
-if __name__ == '__main__':
-    device = start_device('cpu'); rank,world = rank_and_world()
-    from test_moco import *
-    from test_pretraining import start
-    learn,watching = learner(small(), groups=2); learn.fit(3)
+def test_an_order_of_keys_that_is_counted_is_that_of_the_model(data, tmp_path):
+    "Whole, and stopped and resumed; the counter-test: without shuffling the weights are others."
+    drawn = learner(data)[0]
+    drawn.fit(3)
+    counted = learner(data, cbs=[Shuffling()])[0]
+    counted.fit(3)
+    with pytest.raises(KeyboardInterrupt):
+        learner(data, tmp_path / 'part.pt', cbs=[Shuffling(), Stop(1, 1)])[0].fit(3)
+    part = learner(data, tmp_path / 'part.pt', cbs=[Shuffling()])[0]
+    part.fit(3)
+    off = learner(data)[0]
+    off.model.shuffle = False
+    off.fit(3)
+    a, b, c, d = (learn.model.state_dict() for learn in (drawn, counted, part, off))
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
+    assert not torch.equal(a['queue'], d['queue'])
+
+
+def train(folder):
+    "What each of two processes trains: the learner of this file, and a run of the study's kind."
+    torch.set_num_threads(1)
+    start_device('cpu')
+    learn, watching = learner(small(), groups=2, cbs=[Shuffling()])
+    learn.fit(3)
+    rank, world = rank_and_world()
     if rank == 0:
         assert world == 2
-        torch.save(dict(history=watching.history, state=plain(learn.model).state_dict()), sys.argv[1])
-    start('moco', sys.argv[2])
-'''
+        torch.save(dict(history=watching.history, state=plain(learn.model).state_dict()), folder / 'two.pt')
+    start('moco', folder / 'run')
+
+
+def launched(folder):
+    "What torchrun does with `--standalone --nproc-per-node 2`, by its own launcher; its processes are copies of this one, which has imported PyTorch."
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    os.dup2(os.open(folder / 'said', os.O_WRONLY | os.O_CREAT), 1)
+    how = LaunchConfig(
+        1, 1, 2, run_id='two', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='fork', max_restarts=0
+    )
+    elastic_launch(how, train)(folder)
 
 
 @pytest.fixture(scope='module')
-def two(tmp_path_factory):
-    "What two processes have trained: the learner of this file, and a run of the study's kind; and what they said."
+def two(fork, tmp_path_factory):
+    "What two processes have trained, and what they said."
     folder = tmp_path_factory.mktemp('two')
-    (folder / 'two.py').write_text(SCRIPT.format(tests=str(ROOT / 'tests')))
-    r = subprocess.run(
-        [
-            Path(sys.executable).with_name('torchrun'),
-            *'--standalone --nproc-per-node 2 two.py two.pt'.split(),
-            folder / 'run',
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
-    )
-    assert r.returncode == 0, r.stderr[-3000:]
-    return folder, r.stdout
+    p = fork(launched, folder)
+    p.join()
+    assert p.exitcode == 0
+    return folder, (folder / 'said').read_text()
 
 
 def test_two_processes_train_as_one(two, data):

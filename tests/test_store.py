@@ -1,5 +1,6 @@
 """The store: geometry, address, resume, concurrency, memory, bad files."""
 
+import json
 import os
 import pickle
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +19,16 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import yaml
 from siim_tree import wrap, write_siim_tree
 
 from cxrpaper.data import store as S
+from cxrpaper.data.cohort import load_cohort
+from cxrpaper.data.dicom import read_radiograph
+from cxrpaper.data.phantom import Exposure, dicom_header, draw_radiograph, write_dicom
 from cxrpaper.data.store import boxes_mask, build_store, open_store, read_mask, squash, to_original, to_store
 from cxrpaper.runs import InputError, project_root
+from cxrpaper.schema import CLASSES
 
 REAL = project_root().parent / 'shared' / 'data' / 'real_cxr'
 needs_real = pytest.mark.skipif(
@@ -728,3 +735,73 @@ def test_a_damaged_store_is_named_and_made_anew(tiny, tmp_path, capsys, what):
     again = build_store(c, 32, tmp_path / 'stores' / 'a', workers=0)
     assert again.digest == digest and (again.images[:] == pixels).all() and again.intact()
     assert what not in ('flipped byte', 'arrays swapped') or 'damaged' in capsys.readouterr().out
+
+
+# ---- decoded once
+
+
+KINDS = ('explicit', 'implicit', 'rle', 'jpeg2000', 'png', 'jpg')
+
+
+def mixed_films(root, n=36):
+    "Radiographs of one's own in six kinds of files, four classes, a patient each, with their table."
+    (root / 'images').mkdir(parents=True)
+    rows = []
+    for i in range(n):
+        kind, name, size = KINDS[i % len(KINDS)], f'film{i:02}', (100 + i, 120 - i)
+        film = draw_radiograph(CLASSES[i % 4], 0, size, of=Exposure(i, i))[0]
+        if kind in ('png', 'jpg'):
+            cv2.imwrite(str(root / 'images' / f'{name}.{kind}'), film if kind == 'png' else (film // 257).astype('u1'))
+        else:
+            who = dict(vendor=0, view='PA', sex='F', age=50, site=0, patient=f'p{i}', image=f'a{i}', study=f'b{i}')
+            header = dicom_header(pd.Series(who | dict(series=f'c{i}', shot=0, height=size[0], width=size[1])))
+            write_dicom(root / 'images' / f'{name}.dcm', header, film, 12, syntax=kind)
+        rows.append(dict(image=name, patient=f'p{i}', label=CLASSES[i % 4]))
+    pd.DataFrame(rows).to_csv(root / 'table.csv', index=False)
+    return root
+
+
+COUNTING = """
+
+_counted = _bytes
+
+
+def _bytes(path, *sha256):
+    with open({log!r}, 'a') as f:
+        f.write(Path(path).name + '\\n')
+    return _counted(path, *sha256)
+"""
+
+
+def test_cohort_and_store_of_a_study_decode_every_file_once(tmp_path):
+    "By the study's graph, in its own processes, which write down every file that they decode."
+    from test_study import STUDY, command, environment  # with PyTorch, which the workers above need not import
+
+    for d in ('nbs', 'cxrpaper', 'config'):
+        shutil.copytree(project_root() / d, tmp_path / d, ignore=shutil.ignore_patterns('__pycache__'))
+    for f in ('settings.ini', 'Snakefile'):
+        shutil.copy(project_root() / f, tmp_path / f)
+    log = tmp_path / 'decoded'
+    with open(tmp_path / 'cxrpaper/data/dicom.py', 'a') as f:
+        f.write(COUNTING.format(log=str(log)))
+    mixed_films(tmp_path / 'data/own')
+    study = STUDY | dict(data_root='data/own', adapter='auto')
+    (tmp_path / 'config/tiny.yaml').write_text(yaml.safe_dump(study))
+
+    r = subprocess.run(
+        command('runs/smoke/store.ipynb'), cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-4000:]
+    times = sorted(Counter(log.read_text().split()).values())
+    assert times == [1] * 32 + [2] * 4, 'once, and those again that a page shows: one of each class'
+
+    cohort = load_cohort(tmp_path / 'runs/smoke/cohort')
+    (cohort.root,) = (tmp_path / 'data/linked').iterdir()
+    (path,) = (tmp_path / 'data/stores').glob('*/store.json')
+    store, elsewhere = open_store(path.parent), build_store(cohort, 64, tmp_path / 'elsewhere/s', workers=0)
+    assert store.index.image.tolist() == cohort.images.image.tolist() and path.parent.name == store.digest[:16]
+    assert contents(store.path) == contents(elsewhere.path)
+    for i, p in enumerate(cohort.images.path):
+        assert (np.rint(squash(read_radiograph(cohort.root / p), 64) * 255) == store.images[i]).all(), p
+    shown = json.loads((tmp_path / 'runs/smoke/store.ipynb').read_text())['cells']
+    assert store.pixels_sha256 in ''.join(str(c.get('outputs')) for c in shown)

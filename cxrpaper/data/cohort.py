@@ -295,7 +295,8 @@ def read_each(
 
     # SIIM's study ids are no valid UIDs, which need not be said 6,334 times
     with disable_value_validation(), ThreadPoolExecutor(workers) as pool:
-        said = pool.map(one, files)
+        batches = (files[i : i + 256] for i in range(0, len(files), 256))  # what waits takes memory, too
+        said = (fact for batch in batches for fact in pool.map(one, batch))
         return list(tqdm(said, title, len(files), disable=not progress, file=sys.stderr, leave=False))
 
 # %% ../../nbs/appendix/data/cohort.ipynb #b2001587

@@ -183,9 +183,9 @@ def file_digests(
             return None
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        found = list(
-            tqdm(pool.map(one, files), 'hashing', len(files), leave=False, file=sys.stderr, disable=not progress)
-        )
+        batches = (files[i : i + 256] for i in range(0, len(files), 256))  # what waits takes memory, too
+        said = (entry for batch in batches for entry in pool.map(one, batch))
+        found = list(tqdm(said, 'hashing', len(files), leave=False, file=sys.stderr, disable=not progress))
     settled = (time.time() - 2) * 1e9
     fresh = {str(f): e for f, e in zip(files, found) if e and max(e[1:3]) < settled}
     if any(known.get(k) != v for k, v in fresh.items()):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'STRIDE', 'DICE', 'MASKS', 'multitask_encoder', 'repeat_borders', 'feature_pyramid', 'MultiTask',
-           'check_multitask', 'segmentation_losses', 'MultiTaskLoss', 'exchange', 'SegmentationTargets']
+           'check_multitask', 'places', 'segmentation_losses', 'MultiTaskLoss', 'exchange', 'SegmentationTargets']
 
 # %% ../../nbs/appendix/models/multitask.ipynb #3601cbb7
 import numpy as np
@@ -116,10 +116,17 @@ def check_multitask(
 DICE = DiceLoss('binary', from_logits=True)
 
 
+def places(
+    annotated: Tensor,  # (N,) bool, or (A,) int64 places already
+) -> Tensor:  # (A,) int64
+    "The places in the batch of the images whose mask can be believed; for a bool on a GPU the program waits."
+    return annotated.nonzero()[:, 0] if annotated.dtype == torch.bool else annotated
+
+
 def segmentation_losses(
     mask_logits: Tensor,  # (N, 1, H, W)
     masks: Tensor,  # (N, 1, H, W) 0 or 1
-    annotated: Tensor,  # (N,) bool: the mask can be believed, also when it is empty
+    annotated: Tensor,  # (N,) bool: the mask can be believed, also when it is empty; or their `places`
 ) -> tuple:  # scalars: binary cross-entropy, Dice; float32 also under autocast
     "Both losses of the decoder over the annotated images; zero, with zero gradient, where the batch has none."
     if masks.shape != mask_logits.shape:
@@ -128,7 +135,8 @@ def segmentation_losses(
             field='masks',
             hint='give (N, 1, H, W) masks in the geometry of the images',
         )
-    if not annotated.any():
+    annotated = places(annotated)
+    if not len(annotated):
         return (zero := mask_logits.float().sum() * 0), zero
     z = mask_logits[annotated]
     z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
@@ -156,15 +164,15 @@ class MultiTaskLoss(nn.Module):
         pred: tuple,  # logits (N, C), mask logits (N, 1, H, W)
         target: Tensor,  # (N,) int64, -1 = unlabelled
         masks: Tensor,  # (N, 1, H, W)
-        annotated: Tensor,  # (N,) bool
+        annotated: Tensor,  # (N,) bool, or `places`
     ) -> Tensor:  # scalar
-        logits, mask_logits = pred
+        (logits, mask_logits), annotated = pred, places(annotated)
         c, (bce, dice) = self.classification(logits, target), segmentation_losses(mask_logits, masks, annotated)
         s = (1 - self.dice_share) * bce + self.dice_share * dice
         self.terms = dict(class_loss=c.detach(), bce=bce.detach(), dice=dice.detach())
         if self.log_variance is not None:
             # a task that is absent from the batch has no say in its variance
-            there = torch.stack([(target >= 0).any(), annotated.any()])
+            there = torch.stack([(target >= 0).any(), target.new_full((), len(annotated) > 0, dtype=torch.bool)])
             self.terms |= dict(zip(('weight_class', 'weight_seg'), (-self.log_variance).exp().detach()))
             c, s = ((-self.log_variance).exp() * torch.stack([c, s]) + self.log_variance / 2) * there
         elif self.stage == 'joint':

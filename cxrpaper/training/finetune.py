@@ -24,6 +24,7 @@ SPEED = (  # what a step's time depends on
     'multitask',
     'decoder',
     'decoder_width',
+    'graphs',
 )
 
 # %% ../../nbs/appendix/training/finetune.ipynb #1cb9d6b7
@@ -182,8 +183,8 @@ def after_batch(self: BestCheckpoint):
     super(BestCheckpoint, self).after_batch()
     z, y = (self.pred[0] if isinstance(self.pred, tuple) else self.pred).detach(), self.yb[0]
     if not self.training:
-        self.logits.append(z.cpu())
-        self.targets.append(y.cpu())
+        self.logits.append(z)
+        self.targets.append(y)
     elif getattr(self.loss_func, 'stage', 'joint') != 'segmentation':
         self.drawn.append(self.dls.train.part)
         self.believed.append(self.loss_func.scores(z).softmax(1).gather(1, y[:, None])[:, 0])
@@ -193,8 +194,9 @@ def after_batch(self: BestCheckpoint):
 def measure(self: BestCheckpoint):
     believed = mean_by_row(self.drawn, self.believed, len(self.dls.train.images))
     self.dynamics.append(torch.from_numpy(believed))
-    z = self.loss_func.scores(torch.cat(self.logits)).numpy()
-    return dict(val_auc_macro=float(point_metrics(torch.cat(self.targets).numpy(), softmax(z))['auc_macro']))
+    z, y = (torch.cat(v).cpu() for v in (self.logits, self.targets))
+    auc = point_metrics(y.numpy(), softmax(self.loss_func.scores(z).numpy()))['auc_macro']
+    return dict(val_auc_macro=float(auc))
 
 # %% ../../nbs/appendix/training/finetune.ipynb #06df1e7f
 @patch
@@ -214,7 +216,7 @@ def judge(self: BestCheckpoint, row):
 class StageSchedule(Callback):
     "Segmentation alone in the first half of the epochs, classification alone afterwards."
 
-    order = 4
+    order, without_graphs = 4, 'in each stage a part of the network learns nothing'
 
     def before_epoch(self):
         self.loss_func.stage = 'segmentation' if self.epoch < self.n_epoch // 2 else 'classification'

@@ -28,7 +28,7 @@ from ..models.nets import Encoder, autocast_for, precision_of
 from ..models.weights import load_weights
 from ..runs import InputError, as_parameters, load_run, resolve, torch_generator, write_csv
 from .augment import PRESETS, Augment, augment, uniform
-from .loop import evaluating
+from .loop import evaluating, there
 from .pretraining import Task, run_pretraining, starting_encoder
 
 # %% ../../nbs/appendix/training/inpainting.ipynb #7fe9b856
@@ -313,7 +313,7 @@ class Holing(Callback):
             g = torch_generator(self.seed, 'fill', self.at, device=x.device)
             if self.at not in self.fixed:
                 self.fixed[self.at] = fixed_holes(self.at, self.at + n, px, self.how, self.seed)
-            holes, self.at = self.fixed[self.at].to(x.device), self.at + n
+            holes, self.at = there(self.fixed[self.at].numpy(), x.device), self.at + n
         self.learn.xb, self.learn.yb = (fill(x, holes, self.filling, g),), (x, holes)
 
 # %% ../../nbs/appendix/training/inpainting.ipynb #a5c40ab2
@@ -508,7 +508,15 @@ def figure_restorations(
 MOST = 512  # held-out images that are validated on
 
 
-SPEED = ('arch', 'px', 'batch_size', 'augmentation', 'hole_kind', 'decoder_width')  # what a step's time depends on
+SPEED = (
+    'arch',
+    'px',
+    'batch_size',
+    'augmentation',
+    'hole_kind',
+    'decoder_width',
+    'graphs',
+)  # what a step's time depends on
 
 
 def validated(data) -> np.ndarray:  # rows of the labelled store
