@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrpaper.training import inpainting, loop
-from cxrpaper.training.loop import EpochRecorder, Graphing
+from cxrpaper.training.loop import Checkpointing, EpochRecorder, Graphing
 from cxrpaper.training.moco import Shuffling
 from cxrpaper.training.throughput import Timing, all_params, learner
 
@@ -24,11 +24,13 @@ KINDS = dict(
 STEPS = 3  # an epoch
 
 
-def make(name, file, graphs=False, cbs=(), **more):
-    "The learner of a kind of training on made-up radiographs."
+def make(name, file=None, graphs=False, cbs=(), **more):
+    "The learner of a kind of training on made-up radiographs; without a file it writes no checkpoints, which take most of the time."
     kind, settings = KINDS[name]
     p = all_params(kind, SMALL | settings | dict(graphs=graphs) | more)
-    learn = learner(kind, p, 'cpu', file, STEPS * p.batch_size, Timing())
+    learn = learner(kind, p, 'cpu', file or 'none', STEPS * p.batch_size, Timing())
+    if not file:
+        learn.remove_cb(Checkpointing)
     learn.watching = next(cb for cb in learn.cbs if isinstance(cb, EpochRecorder))
     learn.watching.progress = False
     return learn.add_cbs(cbs)
@@ -116,13 +118,12 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['single', 'moco', 'inpainting'])
-def test_without_a_gpu_it_is_the_training_without_and_says_why_once(name, tmp_path, capsys):
-    a, b = make(name, tmp_path / 'a'), make(name, tmp_path / 'b', graphs=True)
+def test_without_a_gpu_it_is_the_training_without_and_says_why_once(name, capsys):
+    a, b = make(name), make(name, graphs=True)
     a.fit(2)
     assert 'CUDA graphs' not in capsys.readouterr().out
     b.fit(2)
     assert same(a, b) and capsys.readouterr().out == 'without CUDA graphs: the training is not on a GPU\n'
-    (tmp_path / 'b').unlink()
     b.fit(1)
     assert 'CUDA graphs' not in capsys.readouterr().out
     assert not [cb for cb in a.cbs if isinstance(cb, Graphing)]
@@ -153,10 +154,10 @@ class Stop(Callback):
 
 @pytest.mark.parametrize('name', KINDS)
 def test_captured_once_it_is_the_training_without_also_when_it_is_resumed(name, stand_in, tmp_path, capsys):
-    whole = make(name, tmp_path / 'whole')
+    whole = make(name)
     whole.fit(3)
     fake, outputs = stand_in(), Outputs()
-    learn = make(name, tmp_path / 'graphs', graphs=True, cbs=[outputs])
+    learn = make(name, graphs=True, cbs=[outputs])
     learn.fit(3)
     assert same(learn, whole) and 'CUDA graphs' not in capsys.readouterr().out
     assert (fake.captures, fake.replays) == (1, 3 * STEPS) and len(outputs.where) == 1
@@ -168,12 +169,11 @@ def test_captured_once_it_is_the_training_without_also_when_it_is_resumed(name, 
     assert same(part, whole) and fake.captures == 3
 
 
-def test_a_second_training_of_the_same_model_captures_nothing_anew(stand_in, tmp_path):
+def test_a_second_training_of_the_same_model_captures_nothing_anew(stand_in):
     "Unless the model lies elsewhere by then: the graph would read what is no longer there."
-    fake, learn = stand_in(), make('single', tmp_path / 'c', graphs=True)
+    fake, learn = stand_in(), make('single', graphs=True)
     for captures in (1, 1, 2):
         learn.fit(1)
-        (tmp_path / 'c').unlink()
         assert fake.captures == captures
         if captures == 1 and fake.replays > STEPS:
             for p in learn.model.parameters():
@@ -181,23 +181,23 @@ def test_a_second_training_of_the_same_model_captures_nothing_anew(stand_in, tmp
 
 
 @pytest.mark.parametrize('name', ['single', 'moco'])
-def test_a_capture_that_fails_leaves_nothing_behind(name, stand_in, tmp_path, capsys):
-    whole = make(name, tmp_path / 'whole')
+def test_a_capture_that_fails_leaves_nothing_behind(name, stand_in, capsys):
+    whole = make(name)
     whole.fit(2)
     streams = torch.get_rng_state()
-    fake, learn = stand_in(fails=True), make(name, tmp_path / 'c', graphs=True)
+    fake, learn = stand_in(fails=True), make(name, graphs=True)
     learn.fit(2)
     assert same(learn, whole) and torch.equal(torch.get_rng_state(), streams) and fake.captures == 1
     why = 'without CUDA graphs: RuntimeError: operation not permitted when stream is capturing\n'
     assert capsys.readouterr().out == why
 
 
-def test_a_parameter_that_has_no_part_in_the_output_is_refused(stand_in, tmp_path, capsys):
+def test_a_parameter_that_has_no_part_in_the_output_is_refused(stand_in, capsys):
     "Zeros in the place of no gradient would let weight decay act on it."
     made = []
     for graphs in (False, True):
         stand_in()
-        learn = make('single', tmp_path / str(graphs), graphs=graphs, weight_decay=0.1)
+        learn = make('single', graphs=graphs, weight_decay=0.1)
         learn.model.idle = torch.nn.Parameter(torch.ones(3))
         learn.fit(1)
         made.append(learn)
@@ -223,25 +223,25 @@ def only_tensors(model, device):
         ('single', lambda *_: nullcontext()),
     ],
 )
-def test_what_is_not_put_back_is_seen(name, planted, stand_in, monkeypatch, tmp_path):
+def test_what_is_not_put_back_is_seen(name, planted, stand_in, monkeypatch):
     "The counter-test of equality."
-    whole = make(name, tmp_path / 'whole')
+    whole = make(name)
     whole.fit(1)
     stand_in()
     monkeypatch.setattr(loop, 'as_before', planted)
-    learn = make(name, tmp_path / 'c', graphs=True)
+    learn = make(name, graphs=True)
     learn.fit(1)
     assert not same(learn, whole)
 
 
-def test_stages_and_several_processes_go_without(stand_in, monkeypatch, tmp_path, capsys):
+def test_stages_and_several_processes_go_without(stand_in, monkeypatch, capsys):
     fake, staged = stand_in(), dict(schedule='segmentation_first')
-    a, b = (make('multitask', tmp_path / str(g), graphs=g, **staged) for g in (False, True))
+    a, b = (make('multitask', graphs=g, **staged) for g in (False, True))
     a.fit(2)
     b.fit(2)
     why = 'without CUDA graphs: in each stage a part of the network learns nothing\n'
     assert same(a, b) and capsys.readouterr().out == why and not fake.captures
-    learn = make('single', tmp_path / 'c', graphs=True)
+    learn = make('single', graphs=True)
     assert learn.graphing.hindrance() is None
     monkeypatch.setattr(loop, 'rank_and_world', lambda: (0, 2))
     assert learn.graphing.hindrance() == 'several processes share the training'
@@ -309,18 +309,18 @@ def test_what_waits_is_seen():
 
 
 @pytest.mark.parametrize('name', [k for k in KINDS if k != 'inpainting'])
-def test_no_step_waits_for_the_device(name, tmp_path):
-    assert waits_of(make(name, tmp_path / 'c')) == set()
+def test_no_step_waits_for_the_device(name):
+    assert waits_of(make(name)) == set()
 
 
-def test_moco_that_asks_for_the_number_of_its_step_waits(tmp_path):
-    learn = make('moco', tmp_path / 'c')
+def test_moco_that_asks_for_the_number_of_its_step_waits():
+    learn = make('moco')
     assert waits_of(learn.remove_cb(Shuffling) or learn)
 
 
-def test_only_the_holes_of_inpainting_wait(monkeypatch, tmp_path):
+def test_only_the_holes_of_inpainting_wait(monkeypatch):
     "How many images are drawn again is known once they are drawn."
-    assert waits_of(make('inpainting', tmp_path / 'a'))
+    assert waits_of(make('inpainting'))
 
     def square(n, px, how, generator, device='cpu'):
         holes = torch.zeros(n, 1, px, px, dtype=torch.bool, device=device)
@@ -328,4 +328,4 @@ def test_only_the_holes_of_inpainting_wait(monkeypatch, tmp_path):
         return holes
 
     monkeypatch.setattr(inpainting, 'draw_holes', square)
-    assert waits_of(make('inpainting', tmp_path / 'b')) == set()
+    assert waits_of(make('inpainting')) == set()
