@@ -61,17 +61,22 @@ class InputError(ValueError):
         return (type(self), (self.problem, self.file, self.field, self.hint))
 
 # %% ../nbs/appendix/machine/runs.ipynb #9237bf45
-def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and figures/
-    "The root of the project, found from where this module lies, else from the working directory upwards."
-    for start in (Path(cxrpaper.__file__).resolve().parent, Path.cwd()):
+@functools.cache
+def _root_above(module: str, working: str) -> Path:
+    for start in (Path(module).resolve().parent, Path(working)):
         for folder in (start, *start.parents):
             if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir():
                 return folder
     raise InputError(
         'no folder with settings.ini and nbs/ above the package or the working directory',
-        file=str(Path.cwd()),
+        file=working,
         hint='run inside a clone of cxrpaper: the package alone has no notebooks',
     )
+
+
+def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and figures/
+    "The root of the project, found from where this module lies, else from the working directory upwards."
+    return _root_above(cxrpaper.__file__, os.getcwd())
 
 # %% ../nbs/appendix/machine/runs.ipynb #e0446c4e
 def _paths_start() -> Path:

@@ -275,8 +275,9 @@ def save_checkpoint(file: Path, state: dict):  # tensors, numbers, text, and lis
     "Write the state under its SHA-256."
     buffer = io.BytesIO()
     torch.save(built_in(state), buffer)
-    with atomic(file) as tmp:
-        tmp.write_bytes(sha256(buffer.getbuffer()).digest() + buffer.getvalue())
+    with atomic(file) as tmp, open(tmp, 'wb') as f:
+        f.write(sha256(content := buffer.getbuffer()).digest())
+        f.write(content)
 
 
 def load_checkpoint(file: Path) -> dict:  # on the CPU
