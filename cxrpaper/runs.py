@@ -38,6 +38,7 @@ from dataclasses import is_dataclass, make_dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -513,9 +514,9 @@ def page_of(module: str) -> Path:
     return next(iter(project_root().glob(f'nbs/[0-9][0-9]_{name}.ipynb')), None) or notebook_of(module)
 
 # %% ../nbs/appendix/machine/runs.ipynb #4184000f
-def _without_docstrings(tree):
+def _without_docstrings(tree, nodes=None):  # nodes: all of the tree's, where they are known
     "The same tree without its docstrings: they compute nothing."
-    for node in ast.walk(tree):
+    for node in nodes or ast.walk(tree):
         body = getattr(node, 'body', None)
         if (
             isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
@@ -535,13 +536,12 @@ def code_text(
 
 # %% ../nbs/appendix/machine/runs.ipynb #a4eb44f0
 def _package_imports(
-    node,  # an ast node
-    module,
-    names=(),
-) -> dict:  # the module that it stands in, all modules
-    "Local name -> (module of this package, name there or None where the module itself is meant), of the imports anywhere below `node`."
+    nodes,  # of Python's ast
+    module,  # that they stand in
+) -> dict:
+    "Local name -> (module of this package, name there or None where the module itself is meant), of the imports among the nodes."
     found, home = {}, ['cxrpaper', *module.split('.')[:-1]]
-    for n in ast.walk(node):
+    for n in nodes:
         if isinstance(n, ast.ImportFrom):
             base = (
                 [*home[: len(home) - n.level + 1], *filter(None, [n.module])]
@@ -583,25 +583,39 @@ def _binds(node):
 # %% ../nbs/appendix/machine/runs.ipynb #d88f4618
 @functools.lru_cache(maxsize=None)
 def _statements(file, stamp):  # the time of its last change is part of the key
-    "[(names it binds, names it mentions, its imports from this package, its text)] of the top-level statements of a module."
+    "{text: what computes in a top-level statement, binds, mentions, imports: its names and those it imports from this package, is_import} of a module."
     module = '.'.join(file.relative_to(Path(cxrpaper.__file__).parent).with_suffix('').parts)
     out = []
-    for node in _without_docstrings(ast.parse(file.read_text(encoding='utf-8'))).body:
-        if _binds(node) == ['__all__']:
+    for node in _without_docstrings(tree := ast.parse(file.read_text(encoding='utf-8')), [tree]).body:
+        if (binds := _binds(node)) == ['__all__']:
             continue
-        mentions = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        nodes = list(ast.walk(node))
         out.append(
-            (
-                _binds(node),
-                mentions,
-                _package_imports(node, module),
-                isinstance(node, (ast.Import, ast.ImportFrom)),
-                ast.unparse(node),
+            SimpleNamespace(
+                binds=binds,
+                mentions={n.id for n in nodes if isinstance(n, ast.Name)},
+                imports=_package_imports(nodes, module),
+                is_import=isinstance(node, (ast.Import, ast.ImportFrom)),
+                text=ast.unparse(_without_docstrings(node, nodes)),
             )
         )
     return out
 
 # %% ../nbs/appendix/machine/runs.ipynb #6cf870e2
+@functools.lru_cache(maxsize=None)
+def _needs(file, stamp, where):
+    "Of a module: text and needs, as (module, name), of each statement; the places where a name is bound; what is imported."
+    statements = _statements(file, stamp)
+    imported = {k: v for s in statements if s.is_import for k, v in s.imports.items()}
+    places, computes = {}, {i: s for i, s in enumerate(statements) if not s.is_import}
+    for i, s in computes.items():
+        for name in s.binds or [None]:  # what binds no name always counts
+            places.setdefault(name, []).append(i)
+    own = lambda s: [(where, m) for m in s.mentions if m in places]
+    others = lambda s: [imported[m] for m in s.mentions if m in imported] + list(s.imports.values())
+    return {i: (s.text, own(s) + others(s)) for i, s in computes.items()}, places, imported
+
+# %% ../nbs/appendix/machine/runs.ipynb #3f1c9a52
 def code_parts(
     module: str,  # such as 'training.finetune'
     *also,  # further (module, name) that are used
@@ -614,14 +628,11 @@ def code_parts(
             continue
         seen.add((where, name))
         file = module_file(where)
-        statements = _statements(file, file.stat().st_mtime_ns)
-        imported = {k: v for *_, imports, is_import, _ in statements if is_import for k, v in imports.items()}
-        for i, (binds, mentions, imports, is_import, text) in enumerate(statements):
-            if is_import or (name is not None and binds and name not in binds):
-                continue
-            parts.setdefault(where, {})[i] = text
-            todo += [(where, m) for m in mentions if any(m in s[0] for s in statements)]
-            todo += [imported[m] for m in mentions if m in imported] + list(imports.values())
+        statements, places, imported = _needs(file, file.stat().st_mtime_ns, where)
+        for i in statements if name is None else [*places.get(name, []), *places.get(None, [])]:
+            if i not in parts.setdefault(where, {}):
+                parts[where][i], needs = statements[i]
+                todo += needs
         if name in imported:
             todo.append(imported[name])  # handed on
     return {m: [p[i] for i in sorted(p)] for m, p in sorted(parts.items())}
@@ -644,7 +655,7 @@ def job_digest(
     cells = json.loads(page_of(module).read_text(encoding='utf-8'))['cells']
     own = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
     own = [code_text(re.sub(r'(?m)^[%!].*$', '', s)) for s in own if not s.startswith('#| export')]
-    used = {o for s in own for o in _package_imports(ast.parse(s), '').values() if o[1] != '*'}
+    used = {o for s in own for o in _package_imports(ast.walk(ast.parse(s)), '').values() if o[1] != '*'}
     if not module.startswith('data.'):
         used = {o for o in used if not o[0].startswith('data.')}
     return digest([code_digest(module, *sorted(used, key=str)), own])

@@ -166,7 +166,7 @@ def imported(module, file):
     "The modules of this package that a file imports anywhere, relatively or not; as the digests see them."
     from cxrpaper.runs import _package_imports
 
-    return {m for m, _ in _package_imports(ast.parse(file.read_text()), module).values()} - {module}
+    return {m for m, _ in _package_imports(ast.walk(ast.parse(file.read_text())), module).values()} - {module}
 
 
 def faults(imports):
