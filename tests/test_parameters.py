@@ -119,7 +119,7 @@ def test_a_missing_pretraining_runs_first_and_is_kept(warm, tmp_path):
     shutil.copy(ROOT / 'settings.ini', root)
     write_phantom(PhantomConfig(n_patients=120, px=96, seed=3), root / 'films')  # MoCo's queue takes 128 of them
     given = '-p pretrain moco -p data_root films -p px 64 -p epochs 1 -p run runs/one'
-    call = lambda out: f'cxr_papermill --engine cxr-job --no-progress-bar nbs/04_finetune.ipynb {out} {given}'
+    call = lambda out: f'cxr_papermill --no-progress-bar nbs/04_finetune.ipynb {out} {given}'
     r = subprocess.run(
         [
             *([BIN / 'cxr_warm'] if sys.platform == 'linux' else []),
