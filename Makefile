@@ -74,10 +74,10 @@ reproduce: .venv/installed ## after make paper: the tables made here against the
 crate: .venv/installed ## a finished study to pass on: tables and figures with the runs, code and data digests behind each (crate/, RO-Crate and codecheck.yml)
 	@$(BIN)/cxr_crate config/$(PROFILE).yaml
 
-# a file of tests stays in one process, the longest first (tests/conftest.py), three on two cores, since each waits now and then; what measures time runs alone
+# a file of tests stays in one process, the longest first (tests/conftest.py); what measures time runs alone
 test: .venv/installed ## every notebook, then the test suite
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 3 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra --durations=15 -m 'not serial' -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(BIN)/python -m pytest -q -ra --durations=5 -m serial $$(grep -l mark.serial tests/test_*.py)
 
 test-quick: .venv/installed ## for work in between: the tests that train nothing, in a few minutes
