@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -88,28 +89,27 @@ class MoCo(nn.Module):
         self.register_buffer('pointer', torch.zeros((), dtype=torch.int64))
         self.register_buffer('step', torch.zeros((), dtype=torch.int64))
 
-    def forward(
-        self,
-        views: Tensor,  # (2B, 1, H, W): queries, then keys, of the same B images
-        order: Tensor = None,  # `key_order` of the B of all processes; None: that of `step`, for which the program waits
-    ) -> Tensor:  # (B, 1 + K) logits, the positive first
-        x_q, x_k = views.chunk(2)
-        check_groups(len(x_q), self.groups)
-        q = self.features(self.encoder, self.head, x_q)
-        with torch.no_grad():
-            if self.training:
-                self.update_key_encoder()
-            k = self.keys(x_k, order)
-        with torch.autocast(q.device.type, enabled=False):
-            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], 1) / self.T
+# %% ../../nbs/appendix/training/moco.ipynb #5d0c7e1b
+@patch
+def forward(
+    self: MoCo,
+    views: Tensor,  # (2B, 1, H, W): queries, then keys, of the same B images
+    order: Tensor = None,  # `key_order` of the B of all processes; None: that of `step`, for which the program waits
+) -> Tensor:  # (B, 1 + K) logits, the positive first
+    x_q, x_k = views.chunk(2)
+    check_groups(len(x_q), self.groups)
+    q = self.features(self.encoder, self.head, x_q)
+    with torch.no_grad():
         if self.training:
-            self.enqueue(gather(k))
-        return logits
+            self.update_key_encoder()
+        k = self.keys(x_k, order)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], 1) / self.T
+    if self.training:
+        self.enqueue(gather(k))
+    return logits
 
 # %% ../../nbs/appendix/training/moco.ipynb #71965fd2
-from fastcore.basics import patch
-
-
 @patch
 def features(self: MoCo, encoder, head, x: Tensor) -> Tensor:  # (B, dim), float32 also under autocast
     "What contrast compares: the pooled last map through the head, normalised."
