@@ -14,6 +14,7 @@ __all__ = ['NO_WRITING', 'KERNELS', 'BOOK', 'UNKEYED', 'InputError', 'project_ro
 import ast
 import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -42,6 +43,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 
 # %% ../nbs/appendix/machine/runs.ipynb #0da91017
 class InputError(ValueError):
@@ -336,11 +338,22 @@ def _sync(path):
         os.close(fd)
 
 
+def _temporary(path):
+    "This process's name for what becomes `path`; what processes that are gone left under theirs is removed."
+    mine = f'.{path.name}.{platform.node()}-'
+    for left in path.parent.glob(f'{glob.escape(mine)}*.tmp'):
+        pid = left.name.removeprefix(mine).removesuffix('.tmp')
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f'{mine}{os.getpid()}.tmp')
+
+# %% ../nbs/appendix/machine/runs.ipynb #0a896711
 @contextmanager
 def atomic(path):  # the final path; missing parent folders are made
     "Yields a temporary path beside `path`; on success it takes the place of `path`, on an error it is removed."
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp.touch()
@@ -377,7 +390,7 @@ def atomic_dir(
 ):
     "Yields a temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed."
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(tmp, ignore_errors=True)
