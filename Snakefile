@@ -51,7 +51,7 @@ fi; """ + PAPERMILL
 # for SLURM: memory for the libraries and for batches of px x px, minutes; a retry gets more of both and goes on from the last checkpoint
 COST = dict(gpu=study['gpus'], mem_mb=lambda w, attempt: attempt*(4000 + 60*study['px']**2//1000), runtime=lambda w, attempt: attempt*dict(smoke=60, open=240, study=720)[profile])
 
-MINUTES = dict(smoke=5, phantom=16, open=100) # measured on two cores, with nothing else running (figures/benchmarks)
+MINUTES = dict(smoke=5, phantom=16) # measured on two cores, with nothing else running
 onstart:
     print(f"{study['name']}: {len(MODELS)} trainings after {len(PRETRAINED)} pre-trainings" + (f", about {MINUTES[study['name']]} minutes on two cores" if study['name'] in MINUTES else ' (make plan says how long)') +
           f". Figure 1 comes first: {study['figures']}/figure1.png. What runs stands below, with its log", flush=True)

@@ -11,11 +11,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from cxrpaper.paper import provenance as R
 from cxrpaper.runs import project_root, write_json
+from cxrpaper.schema import METHODS, our_methods
 from cxrpaper.study import read_study
 
 ROOT = project_root()
@@ -188,6 +191,32 @@ def test_what_is_wrong_is_said(whole):
 
 def test_the_committed_figures_are_what_notebooks_wrote():
     assert R.audit('figures').empty, R.audit('figures').to_string()
+
+
+def outdated(t: pd.DataFrame) -> pd.DataFrame:
+    "Rows whose interval is not that of today's rules: fewer degrees of freedom than training runs allow, or limits that are not Student's."
+    if 'df' not in t:
+        return t[:0]
+    one = pd.Series(np.nan, t.index)
+    runs = t.get('n_runs', one).fillna(t.get('n_seeds', one))
+    pretrained = '|'.join(METHODS[k].title for k in our_methods())  # of as many starts as pre-trainings
+    ours = t.row.fillna('').str.contains(pretrained)
+    starts = t.get('n_pretrainings', one).fillna(ours.map({True: 1.0, False: np.nan}))
+    least = np.fmin(np.fmin(runs, starts), t.n_units) - 1
+    half = stats.t.ppf(0.975, t.df) * t.se
+    difference = t.metric.str.startswith('difference_') & (t.se > 0)
+    return t[(t.df < least - 1e-9) | (difference & ((t.hi - t.value - half).abs() > 1e-9))]
+
+
+def test_committed_tables_follow_the_rules_of_today():
+    read = {f: pd.read_csv(f) for f in sorted((ROOT / 'figures').rglob('table[0-9].csv'))}
+    del read[ROOT / 'figures' / 'spread' / 'table3.csv']  # of which nothing but the spread between seeds is read
+    assert sum(len(t) for t in read.values() if 'df' in t) > 1000
+    found = {str(f.relative_to(ROOT)): len(outdated(t)) for f, t in read.items()}
+    assert not any(found.values()), {f: n for f, n in found.items() if n}
+    t = read[ROOT / 'figures' / 'open' / 'table3.csv']
+    assert len(outdated(t.assign(df=1.9))) > 100  # a verdict of fewer runs than there are
+    assert len(outdated(t.assign(hi=t.hi + 0.01))) > 20
 
 
 def test_figures_of_another_study_or_profile_are_marked(tmp_path):

@@ -108,6 +108,7 @@ def gather(study: dict, parts: dict) -> dict:  # tables of `read_parts` -> name:
     row = evaluated_rows(study)[0]
     runs = list(row_runs(study, row))
     design = dict(runs=len(runs), n_folds=study['n_folds'], folds=len(study['folds']), seeds=len(study['seeds']))
+    design['seed'] = study['seeds'][0]  # that the evaluation judges
     who = 'procedural phantoms, not patients' if is_phantom(study) else 'patients'
     cohort = load_cohort(f"runs/{study['name']}/cohort")
     return _of_run(row, runs[0]) | design | dict(who=who) | _of_cohort(cohort) | _of_results(parts)
@@ -325,7 +326,7 @@ PROBAST = [  # (part, domain, judgement, why)
 
 # %% ../../nbs/appendix/paper/reports.ipynb #c97af185
 MODEL_CARD = """# Model card: {title}
-{runs} models ({folds} of {n_folds} patient-disjoint folds, {seeds} seed(s)), made by the code at commit {commit}. After Mitchell et al. 2019.{stamp}
+{runs} models ({folds} of {n_folds} patient-disjoint folds, {seeds} seed(s)), made by the code at commit {commit}; numbers below are of seed {seed}, one model a fold. After Mitchell et al. 2019.{stamp}
 
 | | |
 |---|---|
@@ -334,10 +335,10 @@ MODEL_CARD = """# Model card: {title}
 | training | {epochs} epochs, batch {batch}, peak learning rate {lr}, loss {loss}, augmentation {augmentation}; {device}; {versions} |
 | intended use | research on training and evaluation methods. Not for the care of patients: table7 says what is missing |
 | out of scope | lateral views, children, other diseases, any image that is not a frontal chest radiograph |
-| factors | sex, age, view, device, source (figure11); noise, blur, resolution, contrast, inversion, rotation, compression (figure10) |
+| factors | sex, age, view, device and source, as far as they are known (figure11); noise, blur, resolution, contrast, inversion, rotation, compression (figure10) |
 | data | {labelled} labelled radiographs of {patients} {who}; {classes}; datasheet |
 | macro AUC | {auc} |
-| any opacity, threshold for specificity 0.90 by the validation fold | sensitivity {sensitivity}, specificity {specificity} |
+| not negative (any of the other classes), threshold for specificity 0.90 by the validation fold | sensitivity {sensitivity}, specificity {specificity} |
 | calibration error (top label, root mean square, debiased) | {ece} |
 | external cohort, macro AUC | {external} |
 | ethical considerations | trained on labels that readers disagree about (figure5); gaps between groups that are too small to be tested are not shown to be absent |
@@ -361,7 +362,7 @@ Cohort {cohort}, digest {digest}, as read by 01_data. After Gebru et al. 2021.{s
 | errors and noise | readers agree on six images in ten in a data set of the same four classes (study of RICORD, appendix/evaluation/comparisons); estimate for this one: appendix/questions/difficulty |
 | collection | by the source; {source} |
 | preprocessing | appendix/data/dicom, appendix/data/store |
-| uses | this study. A model that sells the view or the image's size for disease can be made of it (table2, table8) |
+| uses | this study. What view, size and other metadata tell of the class, and whether a model takes them for disease: table2, table8 |
 | distribution | not by us: {source} |
 """
 
@@ -377,7 +378,7 @@ def source_of(name: str) -> str:  # name of a cohort
     return dict(
         phantom='drawn by appendix/data/phantom from a seed; free',
         siim='SIIM-FISABIO-RSNA COVID-19 (Kaggle); academic and non-commercial use',
-        real_cxr='NIH ChestX-ray14 (attribution) and COVID-19 Image Data Collection (licence by image)',
+        real_cxr='those with a label from NIH ChestX-ray14 (attribution), others also from the COVID-19 Image Data Collection (licence by image)',
     ).get(name, 'the user\'s own; see its licence')
 
 # %% ../../nbs/appendix/paper/reports.ipynb #729b6b0d

@@ -103,7 +103,7 @@ def _use(m, s, parts, about):
     )
     caption = (
         f'**Figure 12. Use** of {about} Orange mark: the error that readers who disagree as those of RICORD do would leave against a further reader (all images kept; an estimate from another data set). '
-        'Decision curve: probabilities with a temperature. Predictive values (solid: positive, dashed: negative): threshold for specificity 0.90 by the validation fold. Bands: pointwise 95 %.'
+        'Decision curve: probabilities after the best scaling that a fold can fit. Predictive values (solid: positive, dashed: negative): threshold for specificity 0.90 by the validation fold. Bands: pointwise 95 %.'
     )
     return fig, caption, {}
 

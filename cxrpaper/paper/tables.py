@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'MASK_COLUMNS', 'MASK_BY_CLASS', 'needed_runs', 'missing_runs', 'Making', 'with_differences',
-           'cohort_table', 'write_cohort', 'backbone_table', 'backbone_differences', 'write_backbones',
+           'cohort_table', 'write_cohort', 'backbone_table', 'solved', 'backbone_differences', 'write_backbones',
            'multitask_verdict', 'multitask_table', 'compared_with', 'against_controls', 'write_multitask', 'task_of',
            'against', 'pretrainings_of', 'pretraining_table', 'started', 'pretraining_verdict', 'asked',
            'pretraining_level', 'write_pretraining', 'class_table', 'class_differences', 'counted_otherwise',
@@ -96,7 +96,10 @@ def cohort_table(study: dict) -> tuple:  # (table, cohort folder)
 def write_cohort(m: Making) -> str:  # Markdown
     "Table 1, written."
     t, folder = cohort_table(m.study)
-    caption = f'**Table 1. The cohort** by class, fold, sex, view and detector.{stamp(m.study)}'
+    caption = (
+        '**Table 1. The cohort** by class, fold, sex, view and detector. A patient is here an id of the source; '
+        f'folds and intervals take patients with near copies of a radiograph as one.{stamp(m.study)}'
+    )
     about = json.loads((folder / 'cohort.json').read_text())
     return m.write('table1', t, [t], caption, [], cohort=about)
 
@@ -125,6 +128,12 @@ def backbone_table(
     return long[['row', *long.columns.drop(['row', 'runs']), 'runs']], costs, first
 
 # %% ../../nbs/appendix/paper/tables.ipynb #e4be18e2
+def solved(rows: list) -> str:  # of a study file
+    "What a caption says of heads that are solved and not trained."
+    some = any(r.get('head') == 'logistic' for r in rows)
+    return ' Frozen features: one run of each start, whatever the seed, since a solved head draws nothing.' * some
+
+
 def backbone_differences(study: dict, how: Resampling = DEFAULT) -> pd.DataFrame:  # DIFFERENCES
     "Each model of Table 2 minus the one that the study file names (`table2_than`), paired; no row where it names none."
     if not study['table2_than']:
@@ -145,7 +154,7 @@ def write_backbones(m: Making) -> tuple:  # Markdown, every number
     caption = (
         f'**Table 2. Single-task backbones and metadata baselines.** {sample_text(m.study, first)} '
         'Test folds are pooled, which puts a model that knows nothing slightly below an AUC of 0.5 (appendix/evaluation/baselines). '
-        f'MACs: multiply-accumulates of one image.{stamp(m.study)}'
+        f'MACs: multiply-accumulates of one image.{solved(m.study["table2"])}{stamp(m.study)}'
     )
     about = dict(n=len(first[0]), patients=int(first[0].group.nunique()), seeds=m.study['seeds'])
     every = with_differences(long, diffs) if len(diffs) else long
@@ -245,7 +254,7 @@ def write_multitask(m: Making) -> tuple:  # Markdown, differences
     caption = (
         f'**Table 3. Multi-task learning and its controls.** {sample_text(m.study, first)} By the plan: {verdict}. '
         'Masks are judged on annotated images against the true masks, each at the threshold that was best on the validation fold; '
-        f'box prior: the mean mask of the training images, for every image.{stamp(m.study)}'
+        f'box prior: the mean mask of the training images, for every image.{solved(m.study["table3"])}{stamp(m.study)}'
     )
     blocks = [
         compared_with(long, diffs, {'more tasks': 'macro AUC, minus single-task'}),
@@ -344,7 +353,7 @@ def write_pretraining(m: Making, multitask=None) -> tuple:  # Markdown, differen
     verdict = pretraining_verdict(diffs, m.plan, pretraining_level(m, multitask))
     caption = (
         f'**Table 4. Pre-training.** {sample_text(m.study, first)} Against ImageNet, by the plan: {verdict}. '
-        f'What is tested was excluded of the pre-training.{started(m.study)}{stamp(m.study)}'
+        f'What is tested was excluded of the pre-training.{started(m.study)}{solved(m.study["table4"])}{stamp(m.study)}'
     )
     than = {'from scratch': 'macro AUC, minus from scratch', 'ImageNet': 'macro AUC, minus ImageNet'}
     runs = [*dict.fromkeys(r for row in m.study['table4'] for r in row_runs(m.study, row)), *pretraining_runs(m.study)]
@@ -476,7 +485,7 @@ def label_verdict(diffs: pd.DataFrame, plan: Plan, level: float) -> str:
             said_of.append(f'{k}: {min(enough):.0%} of the labels reach what all of them reach from scratch')
         else:
             said_of.append(f'{k}: no smaller share is shown to reach what all labels reach from scratch')
-    return '; '.join(said_of) or 'no pre-training without labels was run with fewer labels'
+    return '; '.join(said_of) or 'no pre-training without labels was fine-tuned with fewer labels'
 
 # %% ../../nbs/appendix/paper/tables.ipynb #2b5cd9ac
 def label_cells(long: pd.DataFrame, metric='auc_macro') -> pd.DataFrame:

@@ -341,16 +341,16 @@ DECISIONS = (
     Decision('CT on the same day', 'any', 0.25, 'three scans for nothing weigh as much as one pneumonia found late'),
     Decision('treat before the swab is back', 'typical', 0.5, 'one treated for nothing weighs as much as one late'),
 )
-PREVALENCES = (0.1, 0.3)  # of any opacity: among all who are admitted; among those with fever and cough in a wave
+PREVALENCES = (0.1, 0.3)  # not negative: of all who are admitted; of those with fever and cough in a wave
 
 
 def moved_prevalence(
     y,  # (N,) classes
     p,  # (N,4) calibrated probabilities
     w,  # (N,B) weights
-    prevalence: float,  # of any opacity
+    prevalence: float,  # of all that is not negative
 ) -> tuple:  # (N,4), (N,B)
-    "Probabilities and weights as they would be where any opacity is as frequent as that."
+    "Probabilities and weights as they would be where what is not negative is as frequent as that."
     _between('prevalence', prevalence, 'give .3 for 30 %')
     was = (y > 0).mean()
     q = p * np.where(np.arange(len(CLASSES)) > 0, prevalence / was, (1 - prevalence) / (1 - was))
@@ -366,7 +366,7 @@ def decision_benefit(
 ) -> (
     pd.DataFrame
 ):  # decision, target, t, because, prevalence, as_tested, benefit, lo, hi, standardised, gain, gain_lo, gain_hi
-    "Net benefit of each decision at each prevalence of any opacity; gain over the better of treating all and none."
+    "Net benefit of each decision at each prevalence of what is not negative; gain over the better of treating all and none."
     df = decision_rows(frames)
     df = test_rows(df)
     y, p, rows = df.label.to_numpy(int), probabilities(df), []
@@ -777,7 +777,7 @@ def decisions_part(s: Subject) -> dict:
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #3a9c1fee
 def sensitivity_rule(p):
-    "Passed if, at the validation fold's threshold for specificity .90, the sensitivity for any opacity has a lower limit of at least .80 and the specificity one of at least .80 (CLAIM 36). Reads `operating`: target, form, metric, value, lo, hi."
+    "Passed if, at the validation fold's threshold for specificity .90, the sensitivity for what is not negative has a lower limit of at least .80 and the specificity one of at least .80 (CLAIM 36). Reads `operating`: target, form, metric, value, lo, hi."
     d = p['operating']
     d = d[(d.target == 'any') & (d.form == 'validation')].set_index('metric')
     both = [d.loc[k, ['value', 'lo', 'hi']] for k in ('sensitivity', 'specificity')]
@@ -808,7 +808,7 @@ def referral_rule(p):
 # %% ../../nbs/appendix/questions/decisions.ipynb #223a9608
 def figure_use(
     coverage, decision, values, prevalence, ceiling=np.nan
-):  # from `decisions`: risk_coverage, decision_curve of any opacity, predictive_value_curve; share of any opacity in the test; accuracy that readers' agreement leaves to reach
+):  # from `decisions`: risk_coverage, decision_curve and predictive_value_curve of what is not negative; its share in the test; accuracy that readers' agreement leaves to reach
     "Figure 12: risk-coverage, decision and predictive value curves."
     with mpl.rc_context(STYLE):
         fig, axs = plt.subplots(1, 3, figsize=(7, 3))
@@ -823,7 +823,7 @@ def figure_use(
             line.set(color=colour, ls=ls)
             band.set_color(colour)  # PPV, NPV
         for ax, title in zip(
-            axs, ('selective prediction', 'any opacity: decision curve', 'any opacity: predictive values')
+            axs, ('selective prediction', 'not negative: decision curve', 'not negative: predictive values')
         ):
             ax.set_title(title, loc='left')
             ax.legend(loc='upper left', bbox_to_anchor=(0, -0.22), handlelength=3)

@@ -27,7 +27,7 @@ def half_widths(
     df: pd.DataFrame,  # predictions; the test rows count
     how: Resampling = DEFAULT,
 ) -> dict:  # metric -> value, half the width of its interval
-    "Macro AUC, calibration slope of any opacity, and net benefit, each with half of its interval."
+    "Macro AUC, calibration slope of what is not negative, and net benefit, each with half of its interval."
     auc = evaluate(df, how, metrics=['auc_macro']).iloc[0]
     unit = pd.factorize(df[how.unit])[0]
     slope, lo, hi = calibration_slope(df.label.to_numpy() > 0, 1 - probabilities(df)[:, 0], unit)

@@ -155,7 +155,7 @@ def scorecard(
             result, answer = undone[q.part], 'not done'
         else:
             result, answer = q.rule(parts)
-        rows.append(dict(question=q.title, result=result, answer=answer, where=q.table))
+        rows.append(dict(question=q.title, result=result, answer=answer, where=q.table * (answer != 'not done')))
     return pd.DataFrame(rows)
 
 
