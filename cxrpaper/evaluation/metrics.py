@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
            'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
            'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases',
-           'read_cases', 'pool_folds', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
+           'read_cases', 'pool_folds', 'listed', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
            'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'starts_of',
            'evaluate', 'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
            'pr_points', 'curve_band']
@@ -413,8 +413,13 @@ def pool_folds(
     )
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #e629a4e1
-def aligned(frames, unit: str, leaky: bool = False) -> list:  # of `Cases`
+def listed(frames) -> list:  # frames, or a single one
+    return [frames] if isinstance(frames, pd.DataFrame) else list(frames)
+
+
+def aligned(frames, unit: str, leaky: bool = False) -> list:  # of `Cases`; a frame, or several
     "Cases of every frame, on the same images in the same units with the same labels."
+    frames = listed(frames)
     cases = [read_cases(f, unit, run=f.attrs.get('run', f'frame {i}'), leaky=leaky) for i, f in enumerate(frames)]
     if not cases:
         raise InputError('no predictions', hint='give at least one frame')
@@ -595,8 +600,7 @@ def evaluate(
     progress: bool = False,
 ) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, n_units, n_effective, n_seeds, sd_seeds
     "Metrics averaged over seeds, each with its interval over patients and, of several seeds, training runs."
-    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    cases = aligned(frames, how.unit, leaky)
+    cases = aligned(frames := listed(frames), how.unit, leaky)
     first, (values, samples) = cases[0], sampled(cases, how, metrics, progress)
     rows = [
         dict(metric=k)
@@ -629,7 +633,7 @@ def bootstrap_difference(
     pd.DataFrame
 ):  # metric, a, b, difference, lo, hi, p, se, df, n_boot, n, n_units, n_runs (of the method that has fewer)
     "A minus B on the same resampled patients; with several seeds on both sides, training runs count too."
-    a, b = ([x] if isinstance(x, pd.DataFrame) else list(x) for x in (a, b))
+    a, b = listed(a), listed(b)
     cases = aligned(a + b, how.unit, leaky)
     values, samples = sampled(cases, how, metrics, progress)
     side = lambda k, at: (values[k][at], samples[k][at], starts_of((a + b)[at]))

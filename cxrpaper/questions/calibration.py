@@ -111,10 +111,9 @@ def reliability_curve(
     of='top',  # 'top', or a class
     bins: int = BINS,
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # score, share, lo, hi, n: one row per bin
     "Mean score and share of hits of each bin of the test rows, with the band of resampled patients."
-    n, s, h = bin_sums(c := read_cases(df, how.unit, leaky=leaky), of, bins)
+    n, s, h = bin_sums(c := read_cases(df, how.unit), of, bins)
     parts = [(h @ q, n @ q) for q in how.weights(c.n_units)]
     hits, images = (np.hstack(v) for v in zip(*parts))
     drawn = np.divide(hits, images, out=np.full(hits.shape, np.nan), where=images > 0)
@@ -206,10 +205,9 @@ def calibration_errors(
     df: pd.DataFrame,  # predictions; the test rows count
     bins: int = BINS,
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # of, ece, ece_lo, ece_hi, squared, rms, lo, hi, p, n, n_units
     "Top-label, per class and classwise: plug-in ECE, debiased square and its root, intervals, and p of being calibrated."
-    c = read_cases(df, how.unit, leaky=leaky)
+    c = read_cases(df, how.unit)
     rows = []
     every = {of: gaps(c, of, bins) for of in ('top', *CLASSES, 'classwise')}
     stacked = np.vstack([g.influence for g in every.values()])
@@ -279,10 +277,10 @@ class Scaling:
         return df.assign(**{c: s * df[c].astype(float) + b for c, s, b in zip(LOGITS, self.scale, self.bias)})
 
 # %% ../../nbs/appendix/questions/calibration.ipynb #c5644497
-def _validation(df, leaky):  # checked: (N,K) logits, (N,) labels, (N,) unit
+def _validation(df):  # checked: (N,K) logits, (N,) labels, (N,) unit
     "What may be fitted on: validation rows of one fold."
     run = df.attrs.get('run', 'predictions')
-    check_predictions(df, run, leaky)
+    check_predictions(df, run)
     if (bad := df.split != 'val').any():
         raise InputError(
             f'{bad.sum()} rows are {df.split[bad].iloc[0]}, not val',
@@ -333,13 +331,12 @@ def solve_temperature(
 def fit_temperature(
     df: pd.DataFrame,  # validation rows of one fold
     limits=LIMITS,
-    leaky: bool = False,
 ) -> Scaling:
     "Temperature scaling: the one number that minimises the log loss of the validation rows."
     if not 0 < limits[0] < limits[1]:
         hint = 'give the lowest and the highest temperature, above 0'
         raise InputError(f'{limits} are not limits', field='limits', hint=hint)
-    z, y, unit = _validation(df, leaky)
+    z, y, unit = _validation(df)
     beta, at_bound = solve_temperature(z, y, limits)
     if at_bound:
         _warn(df, f'temperature {1 / beta:g} is a limit')
@@ -373,10 +370,9 @@ def solve_vector(
 
 def fit_vector(
     df: pd.DataFrame,  # validation rows of one fold, every class there
-    leaky: bool = False,
 ) -> Scaling:
     "Vector scaling: a factor and an addend for each class that minimise the log loss of the validation rows."
-    z, y, _ = _validation(df, leaky)
+    z, y, _ = _validation(df)
     if absent := [c for i, c in enumerate(CLASSES) if not (y == i).any()]:
         file, hint = df.attrs.get('run', 'predictions'), 'use fit_temperature, or folds that hold every class'
         raise InputError(f'no {", ".join(absent)} in the validation fold', file=file, field='label', hint=hint)
@@ -390,12 +386,11 @@ def fit_vector(
 def scale_folds(
     df: pd.DataFrame,  # validation and test rows of one fold or of several
     fit=fit_temperature,  # or fit_vector
-    leaky: bool = False,
     splits=('test',),  # whose rows come back
 ) -> tuple:  # these rows with scaled logits; one row per fold: fold, temperature, se, n, before, after, at_bound
     "Fit on the validation rows of each fold, apply to the test rows of that fold, or to others as well."
     out, rows = [], []
-    for fold, d in check_predictions(df, leaky=leaky).groupby('fold'):
+    for fold, d in check_predictions(df).groupby('fold'):
         val, test = (d[d.split == s] for s in ('val', 'test'))
         val.attrs = dict(df.attrs)
         if not len(test):
@@ -403,7 +398,7 @@ def scale_folds(
         if not len(val):
             file, hint = df.attrs.get('run', 'predictions'), 'give the frame with val and test rows of every fold'
             raise InputError(f'fold {fold} has no validation rows', file=file, field='split', hint=hint)
-        s = fit(val, leaky=leaky)
+        s = fit(val)
         out.append(s(d[d.split.isin(splits)]))
         fitted = {k: getattr(s, k) for k in ('temperature', 'se', 'n', 'before', 'after', 'at_bound')}
         rows.append(dict(fold=fold) | fitted)
@@ -421,10 +416,9 @@ def calibration_difference(
     b,  # predictions of the same images: after and before
     bins: int = BINS,
     how: Resampling = DEFAULT,
-    leaky: bool = False,
 ) -> pd.DataFrame:  # metric, a, b, difference, lo, hi, n, n_units
     "A minus B on the same resampled patients: proper scores, accuracy, debiased squared calibration errors."
-    ca, cb = aligned([a, b], how.unit, leaky)
+    ca, cb = aligned([a, b], how.unit)
     sizes = np.bincount(ca.unit, minlength=ca.n_units)
     va, vb = (losses(c.y, c.p) | dict(accuracy=(c.p.argmax(1) == c.y).astype(float)) for c in (ca, cb))
     per = np.array([np.bincount(ca.unit, va[k] - vb[k], ca.n_units) for k in va])
@@ -480,10 +474,9 @@ def calibration_index(y, p, w) -> np.ndarray:  # (N,) bool, (N,), (N,B) -> (B,)
 def class_calibration(
     df: pd.DataFrame,  # predictions; the test rows count
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # class, expected, observed, ratio, lo, hi, slope, slope_lo, slope_hi, ici, ici_lo, ici_hi, n (with the class), n_units
     "Calibration in the large (intervals hold for the four classes together), slope and integrated calibration index of each class."
-    c = read_cases(df, how.unit, leaky=leaky)
+    c = read_cases(df, how.unit)
     few, together, rows = replace(how, n_boot=min(how.n_boot, 100)), replace(how, level=1 - (1 - how.level) / 4), []
     drawn = [np.concatenate(list(h.weights(c.n_units)), 1)[c.unit] for h in (how, few)]
     for k, name in enumerate(CLASSES):
@@ -510,10 +503,9 @@ def enough(y) -> bool:  # (N,) labels
 
 def fit_best(
     df: pd.DataFrame,  # validation rows of one fold
-    leaky: bool = False,
 ) -> Scaling:
     "Vector scaling where the fold has enough images of each class to fit it, else one temperature."
-    return (fit_vector if enough(df.label) else fit_temperature)(df, leaky=leaky)
+    return (fit_vector if enough(df.label) else fit_temperature)(df)
 
 
 def best_scaled(z_val, y_val, z) -> np.ndarray:  # (V,K) logits and (V,) labels to fit on; (N,K) logits -> (N,K)

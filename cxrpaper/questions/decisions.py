@@ -32,6 +32,7 @@ from cxrpaper.evaluation.metrics import (
     Resampling,
     check_predictions,
     kish,
+    listed,
     percentile_interval,
     probabilities,
     roc_points,
@@ -49,18 +50,12 @@ TARGETS = ('any', *CLASSES)
 
 def decision_rows(
     frames,  # a predictions frame, or one per fold (of one seed)
-    leaky: bool = False,  # True only where a leaking split is the subject
 ) -> pd.DataFrame:  # rows of `val` and `test`
     "The checked rows of all folds of one seed in one frame."
-    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    if not frames:
+    if not (frames := listed(frames)):
         raise InputError('no predictions', field='frames', hint='give at least one frame')
-    frames = [check_predictions(f, f.attrs.get('run', f'fold frame {i}'), leaky) for i, f in enumerate(frames)]
-    df = (
-        frames[0]
-        if len(frames) == 1
-        else check_predictions(pd.concat(frames, ignore_index=True), 'folds together', leaky)
-    )
+    frames = [check_predictions(f, f.attrs.get('run', f'fold frame {i}')) for i, f in enumerate(frames)]
+    df = frames[0] if len(frames) == 1 else check_predictions(pd.concat(frames, ignore_index=True), 'folds together')
     if not (df.split == 'test').any():
         raise InputError(
             "no row is 'test'",
@@ -243,12 +238,11 @@ def operating_points(
     forms=FORMS,
     columns=None,  # target -> column of its probability, None: the softmax
     how: Resampling = DEFAULT,
-    leaky: bool = False,
 ) -> (
     pd.DataFrame
 ):  # target, form, fixed, at, metric, value, lo, hi, n_boot, threshold, n (images the rate is counted over), n_units
     "Sensitivity and specificity of each target in the honest and the optimistic form, with intervals over patients."
-    df, out = decision_rows(frames, leaky), []
+    df, out = decision_rows(frames), []
     test = df[df.split == 'test']
     for target in targets:
         ill = outcome(test, target)[0].sum()
@@ -300,10 +294,9 @@ def decision_curve(
     column=None,  # column: calibrated probability of the target, None: the softmax as it is
     grid=GRID,
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # target, t, model, lo, hi, all, all_lo, all_hi, gain, gain_lo, gain_hi: gain over the better of all and none, from the same resamples
     "Net benefit of the test rows against threshold probability, with pointwise patient-bootstrap bands."
-    df = decision_rows(frames, leaky)
+    df = decision_rows(frames)
     df = test_rows(df)
     positive, p = outcome(df, target, column)
 
@@ -465,10 +458,9 @@ def selective_summary(
     frames,
     confidence=None,  # column, None: largest softmax probability
     how: Resampling = DEFAULT,
-    leaky: bool = False,
 ) -> pd.DataFrame:  # metric, value, lo, hi, n_boot, n, n_units
     "Risk at full coverage, AURC, the oracle's, E-AURC and its share of chance, AUGRC, on the test rows."
-    df = decision_rows(frames, leaky)
+    df = decision_rows(frames)
     df = test_rows(df)
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: np.vstack([aurc(wrong, conf, w), augrc(wrong, conf, w)]), how)
@@ -487,7 +479,7 @@ def risk_at(kept, bad, coverage):  # (T+1,B); (T+1,B); (G,) -> (G,B)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #7dd3edfe
 def risk_coverage(
-    frames, confidence=None, coverage=np.linspace(0.05, 1, 96), how: Resampling = Resampling(1000), leaky: bool = False
+    frames, confidence=None, coverage=np.linspace(0.05, 1, 96), how: Resampling = Resampling(1000)
 ) -> pd.DataFrame:  # coverage, risk, lo, hi, oracle, random
     "The risk-coverage curve of the test rows with its pointwise patient-bootstrap band."
     coverage = np.asarray(coverage, float)
@@ -497,7 +489,7 @@ def risk_coverage(
             field='coverage',
             hint='give shares of the images, for example np.linspace(.05, 1, 96)',
         )
-    df = decision_rows(frames, leaky)
+    df = decision_rows(frames)
     df = test_rows(df)
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: risk_at(*errors_kept(wrong, conf, w), coverage), how)
@@ -571,11 +563,10 @@ def referral(
     confidence=None,  # column, None: largest softmax probability
     forms=(*FORMS, 'guaranteed'),
     how: Resampling = DEFAULT,
-    leaky: bool = False,
 ) -> pd.DataFrame:  # form, wanted, metric (referred, accuracy), value, lo, hi, n_boot, n, n_units
     "Share of test images referred to a reader, and the accuracy reached on the rest (NaN where all are referred)."
     _between('accuracy', accuracy, 'give .8 for 80 %')
-    df, out = decision_rows(frames, leaky), []
+    df, out = decision_rows(frames), []
     wrong, conf = mistakes(df, confidence)
     unit = pd.factorize(df[how.unit])[0]
     for form in forms:
@@ -679,10 +670,9 @@ def predictive_value_curve(
     target: str = 'any',
     column=None,
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # prevalence, ppv, ppv_lo, ppv_hi, npv, npv_lo, npv_hi
     "Predictive values of an operating point against prevalence, with bands; by default of the one threshold learnt on validation rows."
-    value, samples = operating_samples(decision_rows(frames, leaky), threshold, target, column, how)
+    value, samples = operating_samples(decision_rows(frames), threshold, target, column, how)
     points, bands = (
         predictive_values(value[0], value[1], prevalence),
         predictive_values(samples[0], samples[1], np.asarray(prevalence, float)[:, None]),
@@ -744,10 +734,9 @@ def class_shares(
     old,
     columns=None,  # columns: the K calibrated probabilities, None: the softmax
     how: Resampling = Resampling(500),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # class, value, lo, hi, n_boot, counted (the share by label)
     "Shares of the classes in the test rows, estimated without their labels, beside those counted."
-    df = decision_rows(frames, leaky)
+    df = decision_rows(frames)
     df = test_rows(df)
     p = probabilities(df) if columns is None else np.stack([_column(df, c, 0, 1) for c in columns], 1)
     rows = _rows(list(CLASSES), *resampled(df, lambda w: estimate_priors(p, old, w), how), how.level)

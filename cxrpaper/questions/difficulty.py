@@ -32,6 +32,7 @@ from cxrpaper.evaluation.metrics import (
     bootstrap_p,
     check_predictions,
     confusion,
+    listed,
     percentile_interval,
     probabilities,
     softmax,
@@ -100,10 +101,6 @@ def ceilings() -> pd.DataFrame:  # metric, value, meaning, caveat
     return pd.DataFrame(out, columns=['metric', 'value', 'meaning']).assign(caveat=READERS['caveat'])
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #f7dcbe40
-def _cases(frames, unit, leaky):
-    return aligned([frames] if isinstance(frames, pd.DataFrame) else list(frames), unit, leaky)
-
-
 def _units(c, of) -> int:  # units that have an image among `of`
     return len(np.unique(c.unit[of]))
 
@@ -131,10 +128,9 @@ def _share_interval(
 def confusion_shares(
     frames,  # predictions: one frame per seed, or a frame
     how: Resampling = Resampling(1000),
-    leaky: bool = False,
 ) -> pd.DataFrame:  # label, predicted, value, lo, hi, readers, n, n_units: 16 rows
     "Share of each label's images that was predicted each class, beside the readers' where known."
-    cases = _cases(frames, how.unit, leaky)
+    cases = aligned(frames, how.unit)
     c = cases[0]
     value, drawn = _drawn(cases, _row_shares, how)
     readers = readers_matrix()
@@ -158,12 +154,12 @@ def confusion_shares(
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #65119cb5
 def against_readers(
-    frames, how: Resampling = Resampling(1000), leaky: bool = False
+    frames, how: Resampling = Resampling(1000)
 ) -> (
     pd.DataFrame
 ):  # cell, value, readers, difference, lo, hi, p, n, n_least, verdict; the last row is the one to judge by
     "The model's share minus the readers' in each known cell and in the mean of the known confusions."
-    cases = _cases(frames, how.unit, leaky)
+    cases = aligned(frames, how.unit)
     c = cases[0]
     readers = readers_matrix()
     value, drawn = _drawn(cases, _row_shares, how)
@@ -200,10 +196,10 @@ def separations(
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #b31dd6ce
 def separability(
-    frames, how: Resampling = Resampling(1000), leaky: bool = False
+    frames, how: Resampling = Resampling(1000)
 ) -> pd.DataFrame:  # task, value, lo, hi, p, n, n_least, verdict (of the difference)
     "How well negative is told from the rest, the other three from each other, and each pair; averaged over seeds."
-    cases = _cases(frames, how.unit, leaky)
+    cases = aligned(frames, how.unit)
     c = cases[0]
     value, drawn = _drawn(cases, lambda c, w: separations(c.y, c.p, w), how)
     names = ['negative against the rest', 'among the three', 'difference']
@@ -263,13 +259,12 @@ def vouched(p, y_val) -> np.ndarray:  # (N,4) scaled probabilities, (V,) labels 
 
 def calibrated(
     df: pd.DataFrame,  # predictions of one seed, `val` and `test` rows of its folds
-    leaky: bool = False,
     splits=('test',),  # whose rows come back
 ) -> pd.DataFrame:  # these rows; as they are where there are no `val` rows
     "Probabilities scaled on each validation fold, and no surer than it can vouch for (`vouched`)."
     if not (df.split == 'val').any():
         return df
-    out, _ = scale_folds(df, fit_best, leaky, splits)
+    out, _ = scale_folds(df, fit_best, splits)
     p = probabilities(out)
     for k, y in df[df.split == 'val'].groupby('fold').label:
         i = (out.fold == k).to_numpy()
@@ -277,12 +272,9 @@ def calibrated(
     return out.assign(**dict(zip(LOGITS, p.T)))
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #a0a651ff
-def noise_cases(
-    frames, unit: str = 'group', leaky: bool = False
-) -> tuple:  # images (N,), labels (N,), calibrated probabilities (N,4), unit of each (N,)
+def noise_cases(frames) -> tuple:  # images (N,), labels (N,), calibrated probabilities (N,4), unit of each (N,)
     "Out-of-fold probabilities, scaled on the validation rows where there are any, averaged over seeds; one row per image."
-    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    cases = aligned([calibrated(check_predictions(f, leaky=leaky), leaky) for f in frames], unit, leaky)
+    cases = aligned([calibrated(check_predictions(f)) for f in listed(frames)], 'group')
     c = cases[0]
     p = np.mean([k.p for k in cases], 0)
     return c.image, c.y, p / p.sum(1, keepdims=True), c.unit
@@ -308,20 +300,20 @@ def draw_labels(p, unit, n_draws: int, seed: int = 0) -> np.ndarray:  # (N,4), (
     return (u[:, :, None] > p.cumsum(1)[:, None, :-1]).sum(2)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #fdc8111a
-def null_labels(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False) -> pd.DataFrame:
+def null_labels(frames: list, n_draws: int, seed: int = 0) -> pd.DataFrame:
     "Labels drawn from the calibrated probabilities of predictions, of validation rows too: a row an image, a column a draw."
-    both = pd.concat([calibrated(f, leaky, ('val', 'test')) for f in frames], ignore_index=True)
+    both = pd.concat([calibrated(f, ('val', 'test')) for f in frames], ignore_index=True)
     both['image'] = both.image.astype(str)
     p = pd.DataFrame(probabilities(both)).groupby([both.split, both.image]).mean()
     p = p.reset_index().sort_values(['split', 'image']).drop_duplicates('image').set_index('image')  # test before val
-    who = both.drop_duplicates('image').set_index('image')[unit]
+    who = both.drop_duplicates('image').set_index('image').group
     of = pd.factorize(who[p.index])[0]
     return pd.DataFrame(draw_labels(p.drop(columns='split').to_numpy(), of, n_draws, seed), p.index)
 
 
-def redrawn(frames: list, n_draws: int, seed: int = 0, unit: str = 'group', leaky: bool = False):  # yields such frames
+def redrawn(frames: list, n_draws: int, seed: int = 0):  # yields such frames
     "The same predictions under the labels of each draw."
-    for _, label in null_labels(frames, n_draws, seed, unit, leaky).items():
+    for _, label in null_labels(frames, n_draws, seed).items():
         # images of a study may differ by chance here: each is a study of its own
         yield [f.assign(label=f.image.astype(str).map(label), study=f.image) for f in frames]
 
@@ -357,21 +349,18 @@ def label_noise(
     frames,
     n_draws: int = 99,
     seed: int = 0,
-    unit: str = 'group',
-    level: float = 0.95,
-    leaky: bool = False,
     trusted: bool = False,  # the labels of the `val` rows are better than those of the `test` rows
 ) -> pd.Series:  # flagged, expected, lo, hi, excess (shares), estimate, p, p_tenth, n, n_units, n_least, verdict
     "Share of labels that confident learning doubts, against the share it would doubt if labels were drawn from the model's own probabilities; these are calibrated anew on each draw's validation labels, as they were on the written ones. `p_tenth`: how often so few would be doubted if one label in ten were wrong."
-    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
+    frames = listed(frames)
     flags = lambda y, p: int(count_flags(y[:, None], p)[0])
-    image, y, p, of = noise_cases(frames, unit, leaky)
+    image, y, p, of = noise_cases(frames)
     seen = flags(y, p)
-    labels = null_labels(frames, n_draws, seed, unit, leaky)
+    labels = null_labels(frames, n_draws, seed)
     draws = zip(labels.loc[image].to_numpy().T, null_probabilities(frames, labels, image))
     both = lambda k, y, p: (flags(y, p), flags(tenth_wrong(y, of, seed, k), p))
     null, tenth = np.array([both(k, *draw) for k, draw in enumerate(draws)]).T
-    lo, hi, _ = percentile_interval(null / len(y), level)
+    lo, hi, _ = percentile_interval(null / len(y))
     least = min(len(np.unique(of[y == k])) for k in range(len(CLASSES)))
     above = (1 + (null >= seen).sum()) / (n_draws + 1)
     below = (1 + (tenth <= seen).sum()) / (n_draws + 1)
@@ -384,11 +373,9 @@ def label_noise(
     return pd.Series(shares | counts | dict(verdict=says))
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #530ac6e7
-def noise_matrix(
-    frames, n_draws: int = 20, seed: int = 0, unit: str = 'group', leaky: bool = False
-) -> pd.DataFrame:  # label, true, value, expected, n: 16 rows
+def noise_matrix(frames, n_draws: int = 20, seed: int = 0) -> pd.DataFrame:  # label, true, value, expected, n: 16 rows
     "cleanlab's estimate of P(true class | label), and its mean over labels drawn from the model's own probabilities."
-    image, y, p, of = noise_cases(frames, unit, leaky)
+    image, y, p, of = noise_cases(frames)
 
     def rows(labels):
         j = compute_confident_joint(labels, p, calibrate=True).astype(float)
@@ -403,11 +390,9 @@ def noise_matrix(
     )
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #b4926b9c
-def noise_bound(
-    frames, top: int = 50, unit: str = 'group', level: float = 0.95, leaky: bool = False
-) -> pd.DataFrame:  # label, value, hi, n
+def noise_bound(frames, top: int = 50) -> pd.DataFrame:  # label, value, hi, n
     "Upper bound on the share of class k that is written as another class: the other labels among the `top` patients with the surest images of k, and its one-sided limit (Clopper-Pearson)."
-    image, y, p, of = noise_cases(frames, unit, leaky)
+    image, y, p, of = noise_cases(frames)
     rows = []
     for k, name in enumerate(CLASSES):
         order = np.argsort(-p[:, k], kind='stable')
@@ -417,18 +402,16 @@ def noise_bound(
             dict(
                 label=name,
                 value=wrong / n,
-                hi=float(stats.beta.ppf(level, wrong + 1, n - wrong)) if wrong < n else 1.0,
+                hi=float(stats.beta.ppf(0.95, wrong + 1, n - wrong)) if wrong < n else 1.0,
                 n=n,
             )
         )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #cb9f2f32
-def doubtful(
-    frames, k: int = 20, unit: str = 'group', leaky: bool = False
-) -> pd.DataFrame:  # image, label, suggested, p_label, p_suggested, flagged: k rows
+def doubtful(frames, k: int = 20) -> pd.DataFrame:  # image, label, suggested, p_label, p_suggested, flagged: k rows
     "Images whose label is doubted most: the flagged ones first, by normalised margin, p(label) minus the highest other p."
-    image, y, p, of = noise_cases(frames, unit, leaky)
+    image, y, p, of = noise_cases(frames)
     flags = find_label_issues(y, p, filter_by='confident_learning', n_jobs=1)
     i = np.arange(len(y))
     other = np.where(np.eye(len(CLASSES), dtype=bool)[y], -1, p)
@@ -523,8 +506,7 @@ def cartography(
     frames,  # dynamics: one frame per run with image, label, epoch_0, epoch_1, ...; or one frame
 ) -> pd.DataFrame:  # image, label, confidence, variability, correct_lo, correct_hi, n_runs, region
     "Mean and spread of the probability of its label over epochs, each averaged over the runs that trained on the image."
-    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
-    rows = [_dynamics(d, d.attrs.get('run', f'frame {i}')) for i, d in enumerate(frames)]
+    rows = [_dynamics(d, d.attrs.get('run', f'frame {i}')) for i, d in enumerate(listed(frames))]
     all_ = pd.concat(rows, ignore_index=True)
     by = all_.groupby('image', sort=True)
     if (bad := by.label.nunique() > 1).any():
@@ -541,10 +523,10 @@ def regions(confidence, variability) -> np.ndarray:  # (N,), (N,) -> (N,) 'easy'
 
 # %% ../../nbs/appendix/questions/difficulty.ipynb #71e3ff38
 def hardest(
-    frames, k: int = 4, unit: str = 'group', leaky: bool = False
+    frames, k: int = 4
 ) -> pd.DataFrame:  # image, label, predicted, p_label, p_predicted, loss, n_seeds, n: k rows for each class
     "The `k` images of each class with the highest loss, averaged over seeds, one per patient."
-    cases = _cases(frames, unit, leaky)
+    cases = aligned(frames, 'group')
     c = cases[0]
     i, name = np.arange(len(c.y)), np.array(CLASSES)
     loss = np.mean([-np.log(np.maximum(q.p[i, q.y], 1e-12)) for q in cases], 0)

@@ -86,10 +86,9 @@ def subgroup_rows(
     frames,  # predictions, a frame or one per fold, with the columns of `by` (and age)
     by=BY,
     specificity: float = 0.9,  # that the threshold keeps on the validation rows
-    leaky: bool = False,
 ) -> pd.DataFrame:  # the test rows with `age band` and `predicted` (1, 0, NaN where no row validates)
     "The checked test rows, each with its groups and its decision."
-    df = decision_rows(frames, leaky)
+    df = decision_rows(frames)
     if 'age' in df:
         df = df.assign(**{'age band': age_bands(df.age)})
     if missing := [c for c in by if c not in df]:
@@ -295,10 +294,9 @@ def subgroup_metrics(
     metrics=None,  # keys of METRICS, with or without _standard; None: all of them, the first and the third also standardised
     least: int = LEAST,
     how: Resampling = DEFAULT,
-    leaky: bool = False,
 ) -> pd.DataFrame:  # attribute, group, metric, value, lo, hi, overall (all images, the same classes), classes, n, n_patients, n_<class>, note
     "Every metric of every group with its interval; first all images together."
-    df = subgroup_rows(frames, by, leaky=leaky)
+    df = subgroup_rows(frames, by)
     d = _arrays(df, how.unit)
     rows, values = [], []
     for a, l, m in [('all', 'all', np.ones(len(df), bool)), *_levels(df, by)]:
@@ -336,15 +334,10 @@ def _gap(of, group, others, w):  # of: from `_value_of`; rows, rows; weights -> 
 
 # %% ../../nbs/appendix/questions/subgroups.ipynb #1fbea09e
 def subgroup_gaps(
-    frames,
-    by=BY,
-    metrics=None,
-    least: int = LEAST,
-    how: Resampling = DEFAULT,
-    leaky: bool = False,  # as in `subgroup_metrics`
+    frames, by=BY, metrics=None, least: int = LEAST, how: Resampling = DEFAULT
 ) -> pd.DataFrame:  # attribute, group, metric, value, others, gap, lo, hi, p, p_adjusted, detectable, classes, n, n_patients, n_others, note
     "Each group minus all others of its attribute, with interval and p, adjusted over the groups of each metric (step-down max-T); `detectable`: the gap that would be found with 80 % power after correction."
-    df = subgroup_rows(frames, by, leaky=leaky)
+    df = subgroup_rows(frames, by)
     d = _arrays(df, how.unit)
     once, rows, sides = np.ones((len(df), 1)), [], []
     for a, l, i, j in _comparisons(df, by):
