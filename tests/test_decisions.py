@@ -176,17 +176,6 @@ def test_every_target_is_counted():
         *[(test.label == k).sum() for k in range(4)],
     ]
     assert (got.n_units == test.group.nunique()).all()
-    mirror = df.assign(q=1 - outcome(df, 'any')[1] ** 2)
-    assert (
-        operating_points(
-            df.assign(q=outcome(df, 'any')[1] ** 3), targets=['any'], columns=dict(any='q'), how=Resampling(50)
-        ).value.tolist()
-        == operating_points(df, targets=['any'], how=Resampling(50)).value.tolist()
-    )
-    assert (
-        operating_points(mirror, targets=['any'], columns=dict(any='q'), how=Resampling(50)).value.tolist()
-        != operating_points(df, targets=['any'], how=Resampling(50)).value.tolist()
-    )
 
 
 # ---------------------------------------------------------------- decision curves
@@ -379,7 +368,7 @@ def test_estimated_shares_are_the_likeliest():
         (lambda d: operating_points(d, targets=['sick']), 'target: '),
         (lambda d: fold_pairs(d, 'train'), 'form: '),
         (lambda d: operating_points(d, how=Resampling(unit='ward')), 'unit: '),
-        (lambda d: operating_points(d, targets=['any'], columns=dict(any='cal')), 'cal: no such column. Hint'),
+        (lambda d: decision_curve(d, column='cal'), 'cal: no such column. Hint'),
         (lambda d: decision_curve(d.assign(cal=2.0), column='cal'), 'cal: 2.0 in image'),
         (lambda d: decision_curve(d.assign(cal=float('nan')), column='cal'), 'cal: nan in image'),
         (lambda d: decision_curve(d, grid=[0, 0.5]), 'grid: '),

@@ -12,7 +12,6 @@ __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predict
            'pr_points', 'curve_band']
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #259f4329
-import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isqrt
@@ -20,7 +19,6 @@ from math import isqrt
 import numpy as np
 import pandas as pd
 from scipy import special, stats
-from tqdm import tqdm
 
 from ..runs import InputError, rng
 from ..schema import CLASSES, LOGITS
@@ -443,7 +441,6 @@ def sampled(
     cases,  # one `Cases` per training run, on the same images
     how: Resampling,
     metrics=None,  # names, None = all
-    progress: bool = False,
 ) -> tuple:  # metric -> (F,) values of the F runs; metric -> (F,n_boot) values in resampled patients
     "Every metric of every run, as it is and in each resample; the same patients are drawn for all runs."
     once = [c.samples(np.ones((c.n_units, 1)), metrics) for c in cases]
@@ -453,15 +450,7 @@ def sampled(
             field='metrics',
             hint=f'the metrics are {", ".join(cases[0].samples(np.ones((cases[0].n_units, 1))))}',
         )
-    chunks = tqdm(
-        how.weights(cases[0].n_units),
-        total=-(-how.n_boot // 64),
-        desc='bootstrap',
-        file=sys.stderr,
-        leave=False,
-        disable=not progress,
-    )
-    parts = [[c.samples(counts, metrics) for c in cases] for counts in chunks]
+    parts = [[c.samples(counts, metrics) for c in cases] for counts in how.weights(cases[0].n_units)]
     together = lambda k: np.array([np.concatenate([q[f][k] for q in parts]) for f in range(len(cases))])
     return {k: np.array([q[k][0] for q in once]) for k in once[0]}, {k: together(k) for k in once[0]}
 
@@ -597,11 +586,10 @@ def evaluate(
     how: Resampling = DEFAULT,
     metrics=None,  # names, None = all
     leaky: bool = False,  # True only where a leaking split is the subject
-    progress: bool = False,
 ) -> pd.DataFrame:  # metric, value, lo, hi, se, df, n_boot, n, n_units, n_effective, n_seeds, sd_seeds
     "Metrics averaged over seeds, each with its interval over patients and, of several seeds, training runs."
     cases = aligned(frames := listed(frames), how.unit, leaky)
-    first, (values, samples) = cases[0], sampled(cases, how, metrics, progress)
+    first, (values, samples) = cases[0], sampled(cases, how, metrics)
     rows = [
         dict(metric=k)
         | estimate(v.mean(), samples[k], v, first.n_carrying(k), how, starts_of(frames))
@@ -628,14 +616,13 @@ def bootstrap_difference(
     how: Resampling = DEFAULT,
     metrics=None,
     leaky: bool = False,
-    progress: bool = False,
 ) -> (
     pd.DataFrame
 ):  # metric, a, b, difference, lo, hi, p, se, df, n_boot, n, n_units, n_runs (of the method that has fewer)
     "A minus B on the same resampled patients; with several seeds on both sides, training runs count too."
     a, b = listed(a), listed(b)
     cases = aligned(a + b, how.unit, leaky)
-    values, samples = sampled(cases, how, metrics, progress)
+    values, samples = sampled(cases, how, metrics)
     side = lambda k, at: (values[k][at], samples[k][at], starts_of((a + b)[at]))
     about = dict(n=len(cases[0].y), n_units=cases[0].n_units, n_runs=min(len(a), len(b)))
     rows = [

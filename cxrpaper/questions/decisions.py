@@ -214,11 +214,10 @@ def operating_samples(
     df: pd.DataFrame,  # from `decision_rows`
     threshold: Threshold = Threshold(),
     target: str = 'any',
-    column=None,  # of its probability, None: the softmax
     how: Resampling = DEFAULT,
 ) -> tuple:  # value (3,), samples (3,n_boot): sensitivity, specificity, threshold (mean over folds)
     "Both rates on the test rows, thresholds learnt fold by fold."
-    positive, p = outcome(df, target, column)
+    positive, p = outcome(df, target)
     pairs = fold_pairs(df, threshold.form)
 
     def rates(w):
@@ -233,10 +232,8 @@ def operating_samples(
 # %% ../../nbs/appendix/questions/decisions.ipynb #0e7bee43
 def operating_points(
     frames,  # a predictions frame with val and test rows, or one per fold
-    threshold: Threshold = Threshold(),  # its form: both of `forms`
+    threshold: Threshold = Threshold(),  # its form: both of FORMS
     targets=TARGETS,
-    forms=FORMS,
-    columns=None,  # target -> column of its probability, None: the softmax
     how: Resampling = DEFAULT,
 ) -> (
     pd.DataFrame
@@ -246,10 +243,8 @@ def operating_points(
     test = df[df.split == 'test']
     for target in targets:
         ill = outcome(test, target)[0].sum()
-        for form in forms:
-            value, samples = operating_samples(
-                df, replace(threshold, form=form), target, (columns or {}).get(target), how
-            )
+        for form in FORMS:
+            value, samples = operating_samples(df, replace(threshold, form=form), target, how)
             rows = _rows(
                 ['sensitivity', 'specificity'],
                 value[:2],
@@ -296,8 +291,7 @@ def decision_curve(
     how: Resampling = Resampling(1000),
 ) -> pd.DataFrame:  # target, t, model, lo, hi, all, all_lo, all_hi, gain, gain_lo, gain_hi: gain over the better of all and none, from the same resamples
     "Net benefit of the test rows against threshold probability, with pointwise patient-bootstrap bands."
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     positive, p = outcome(df, target, column)
 
     def curves(w):
@@ -360,8 +354,7 @@ def decision_benefit(
     pd.DataFrame
 ):  # decision, target, t, because, prevalence, as_tested, benefit, lo, hi, standardised, gain, gain_lo, gain_hi
     "Net benefit of each decision at each prevalence of what is not negative; gain over the better of treating all and none."
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     y, p, rows = df.label.to_numpy(int), probabilities(df), []
     for d, q in itertools.product(decisions, (None, *prevalences)):
         positive = outcome(df, d.target)[0]
@@ -396,8 +389,7 @@ def decision_costs(
     if np.shape(costs) != (len(CLASSES),) * 2 or (np.diag(costs) != 0).any() or np.min(costs) < 0:
         hint = 'give four rows of four costs from 0, 0 on the diagonal'
         raise InputError(f'{np.asarray(costs).tolist()} are no costs', field='costs', hint=hint)
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     y, p = df.label.to_numpy(int), probabilities(df)
     answers = np.stack([(p @ costs).argmin(1), p.argmax(1), *(np.full(len(y), k) for k in range(len(CLASSES)))])
     each = costs[y, answers]  # (6,N)
@@ -460,8 +452,7 @@ def selective_summary(
     how: Resampling = DEFAULT,
 ) -> pd.DataFrame:  # metric, value, lo, hi, n_boot, n, n_units
     "Risk at full coverage, AURC, the oracle's, E-AURC and its share of chance, AUGRC, on the test rows."
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: np.vstack([aurc(wrong, conf, w), augrc(wrong, conf, w)]), how)
     names = ['risk', 'aurc', 'aurc_oracle', 'e_aurc', 'e_aurc_of_chance', 'augrc']
@@ -489,8 +480,7 @@ def risk_coverage(
             field='coverage',
             hint='give shares of the images, for example np.linspace(.05, 1, 96)',
         )
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     wrong, conf = mistakes(df, confidence)
     value, samples = resampled(df, lambda w: risk_at(*errors_kept(wrong, conf, w), coverage), how)
     lo, hi, _ = _interval(samples, how.level)
@@ -667,12 +657,10 @@ def predictive_value_curve(
     frames,
     prevalence=np.linspace(0.01, 0.99, 99),
     threshold: Threshold = Threshold(refit=False),
-    target: str = 'any',
-    column=None,
     how: Resampling = Resampling(1000),
 ) -> pd.DataFrame:  # prevalence, ppv, ppv_lo, ppv_hi, npv, npv_lo, npv_hi
     "Predictive values of an operating point against prevalence, with bands; by default of the one threshold learnt on validation rows."
-    value, samples = operating_samples(decision_rows(frames), threshold, target, column, how)
+    value, samples = operating_samples(decision_rows(frames), threshold, 'any', how)
     points, bands = (
         predictive_values(value[0], value[1], prevalence),
         predictive_values(samples[0], samples[1], np.asarray(prevalence, float)[:, None]),
@@ -736,8 +724,7 @@ def class_shares(
     how: Resampling = Resampling(500),
 ) -> pd.DataFrame:  # class, value, lo, hi, n_boot, counted (the share by label)
     "Shares of the classes in the test rows, estimated without their labels, beside those counted."
-    df = decision_rows(frames)
-    df = test_rows(df)
+    df = test_rows(decision_rows(frames))
     p = probabilities(df) if columns is None else np.stack([_column(df, c, 0, 1) for c in columns], 1)
     rows = _rows(list(CLASSES), *resampled(df, lambda w: estimate_priors(p, old, w), how), how.level)
     return rows.rename(columns=dict(metric='class')).assign(
