@@ -8,12 +8,12 @@ from sklearn import metrics as sk
 from cxrpaper.data.phantom import READERS
 from cxrpaper.evaluation.comparisons import (
     agreement_ceiling,
+    detectable,
     kappa,
     kappa_of,
     panel_ceiling,
     rejection_rate,
     simulate_models,
-    smallest_difference,
 )
 from cxrpaper.evaluation.metrics import (
     Resampling,
@@ -215,32 +215,21 @@ def test_panel_edges():
             panel_ceiling(*bad)
 
 
-# ---------------------------------------------------------------- smallest difference
-def test_smallest_difference_is_the_textbook_factor_and_the_bootstraps_error():
+# ---------------------------------------------------------------- detectable difference
+def test_the_detectable_difference_is_the_textbook_factor_and_the_bootstraps_error():
     for power, factor in ((0.5, 1.95996), (0.8, 2.80159), (0.9, 3.24152)):
-        assert smallest_difference(0.01, power=power)['smallest'] == pytest.approx(0.01 * factor, rel=1e-4)
+        assert detectable(0.01, power=power) == pytest.approx(0.01 * factor, rel=1e-4)
     a, b = simulate_models(100, 2, 2.0)
-    r = smallest_difference(a, b, how=Resampling(600))
+    compared = lambda a, b, **how: bootstrap_difference(a, b, Resampling(**how), metrics=['auc_macro']).iloc[0]
+    r = compared(a, b, n_boot=600)
     pairs = [simulate_models(100, 100 + s, 2.0) for s in range(200)]
     own = [
         point_metrics(x.label, probabilities(x))['auc_macro'] - point_metrics(y.label, probabilities(y))['auc_macro']
         for x, y in pairs
     ]
-    errors = np.array([smallest_difference(*p, how=Resampling(150))['se'] for p in pairs[:20]])
+    errors = np.array([compared(*p, n_boot=150).se for p in pairs[:20]])
     assert abs(errors.mean() / np.std(own) - 1) < 0.2, 'right on average'
     assert errors.max() > 1.2 * errors.min(), 'but one test set gives a rough figure: the rarest class has few patients'
-    assert r['difference'] == pytest.approx(
-        bootstrap_difference(a, b, Resampling(10), metrics=['auc_macro']).difference[0]
-    )
-    assert smallest_difference(a, b, how=Resampling(300, unit='image'))['smallest'] < 0.9 * r['smallest'], (
-        'images as independent promise too much'
-    )
-    assert smallest_difference(a, a, how=Resampling(20))['smallest'] == 0
-    assert smallest_difference(a, b, how=Resampling(600, level=0.8))['se'] == pytest.approx(r['se'], rel=0.15), (
-        'whatever the level of the interval that it is read from'
-    )
-    for bad in (dict(power=0.3), dict(alpha=0), dict(power=1)):
-        with pytest.raises(InputError):
-            smallest_difference(0.1, **bad)
-    with pytest.raises(InputError, match='no standard error'):
-        smallest_difference(np.nan)
+    image = compared(a, b, n_boot=300, unit='image')
+    assert detectable(image.se, image.df) < 0.9 * detectable(r.se, r.df), 'images as independent promise too much'
+    assert compared(a, a, n_boot=20).se == 0

@@ -4,21 +4,14 @@
 
 # %% auto #0
 __all__ = ['simulate_models', 'rejection_rate', 'kappa_of', 'kappa', 'best_answer', 'panel_ceiling', 'agreement_ceiling',
-           'smallest_difference']
+           'detectable']
 
 # %% ../../nbs/appendix/evaluation/comparisons.ipynb #4b4599b3
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from cxrpaper.evaluation.metrics import (
-    DEFAULT,
-    Resampling,
-    bootstrap_difference,
-    confusion,
-    percentile_interval,
-    simulate_predictions,
-)
+from .metrics import DEFAULT, Resampling, confusion, percentile_interval, simulate_predictions
 from ..runs import InputError, rng
 from ..schema import CLASSES, LOGITS
 
@@ -185,30 +178,11 @@ def agreement_ceiling(
     return dict(recall_lo=lo, recall_hi=hi, accuracy=accuracy, kappa=tuple((v - luck) / (1 - luck) for v in accuracy))
 
 # %% ../../nbs/appendix/evaluation/comparisons.ipynb #b846335f
-def smallest_difference(
-    a,  # predictions of A (a frame or one per seed), or the standard error of the difference
-    b=None,  # predictions of B; None where `a` is a standard error
-    metric: str = 'auc_macro',
+def detectable(
+    se: float,  # of a paired difference, as `bootstrap_difference` gives it
+    df: float = np.inf,  # degrees of freedom
+    alpha: float = 0.05,  # of the two-sided test
     power: float = 0.8,  # probability of finding it
-    alpha: float = 0.05,  # two-sided
-    how: Resampling = DEFAULT,
-    leaky: bool = False,  # True only where a leaking split is the subject
-) -> dict:  # se, smallest, difference, power, alpha
-    "The smallest paired difference that this many patients would have shown with the given power."
-    if not 0 < alpha < 0.5 <= power < 1:
-        raise InputError(f'power {power}, alpha {alpha}', field='power', hint='give .5 <= power < 1 and 0 < alpha < .5')
-    d, df = np.nan, np.inf
-    if b is None:
-        se = float(a)
-    else:
-        r = bootstrap_difference(a, b, how, metrics=[metric], leaky=leaky).iloc[0]
-        d, se, df = float(r.difference), float(r.se), float(r.df)
-    if not se >= 0:
-        raise InputError('no standard error', field=metric, hint='give more patients: too many resamples lack a class')
-    return dict(
-        se=se,
-        smallest=float(stats.t.isf(alpha / 2, df) + stats.t.ppf(power, df)) * se,
-        difference=d,
-        power=power,
-        alpha=alpha,
-    )
+) -> float:
+    "The true difference that a test finds with this power."
+    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se)
