@@ -7,8 +7,8 @@ __all__ = ['NO_WRITING', 'KERNELS', 'BOOK', 'UNKEYED', 'InputError', 'project_ro
            'lacking', 'needs', 'choice', 'integer', 'number', 'flag', 'text', 'optional', 'as_parameters', 'parameters',
            'rng', 'torch_generator', 'digest', 'file_digest', 'unwritable', 'atomic', 'commit_folder', 'atomic_dir',
            'write_json', 'write_csv', 'own_folder', 'compute_facts', 'provenance', 'module_file', 'notebook_of',
-           'page_of', 'code_text', 'code_parts', 'code_modules', 'code_digest', 'job_digest', 'energy', 'Meter',
-           'keyed', 'Run', 'hold', 'release', 'begin', 'finish', 'load_run']
+           'page_of', 'code_text', 'code_parts', 'code_digest', 'job_digest', 'energy', 'Meter', 'keyed', 'Run', 'hold',
+           'release', 'begin', 'finish', 'load_run']
 
 # %% ../nbs/appendix/machine/runs.ipynb #83880a0f
 import ast
@@ -651,11 +651,6 @@ def code_parts(
     return {m: [p[i] for i in sorted(p)] for m, p in sorted(parts.items())}
 
 # %% ../nbs/appendix/machine/runs.ipynb #bd44951b
-def code_modules(module: str) -> list:  # sorted names, itself included
-    "The modules of this package of which `module` uses something."
-    return list(code_parts(module))
-
-
 def code_digest(module: str, *also) -> str:  # 64 hex digits
     "Digest of the statements that `module` is made of (`code_parts`)."
     return digest(code_parts(module, *also))

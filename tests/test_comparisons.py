@@ -121,16 +121,15 @@ def test_rejection_rate():
 
 # ---------------------------------------------------------------- kappa and ceilings
 @pytest.mark.parametrize('weights', [None, 'quadratic'])
-@pytest.mark.parametrize('n_classes', [2, 3, 4])
-def test_kappa_is_sklearns_in_every_resample(weights, n_classes):
-    g = np.random.default_rng(n_classes)
+def test_kappa_is_sklearns_in_every_resample(weights):
+    g = np.random.default_rng(4)
     who = g.integers(0, 25, 60)
-    a = g.integers(0, n_classes, 60)
-    b = np.where(g.random(60) < 0.5, a, g.integers(0, n_classes, 60))
-    got = kappa(a, b, who, weights, n_classes, how=Resampling(60, 2))
+    a = g.integers(0, 4, 60)
+    b = np.where(g.random(60) < 0.5, a, g.integers(0, 4, 60))
+    got = kappa(a, b, who, weights, how=Resampling(60, 2))
     names = np.unique(who)
     want = [
-        sk.cohen_kappa_score(a[i], b[i], weights=weights, labels=range(n_classes))
+        sk.cohen_kappa_score(a[i], b[i], weights=weights, labels=range(4))
         for q in np.hstack(list(resampled_units(len(names), 60, 2))).T.astype(int)
         for i in [np.concatenate([np.tile(np.flatnonzero(who == k), n) for k, n in zip(names, q)])]
     ]
@@ -153,8 +152,7 @@ def test_kappa_edges():
     for bad in (
         lambda: kappa(a, b[1:]),
         lambda: kappa(a, b, weights='linear'),
-        lambda: kappa(a, b, n_classes=5),
-        lambda: kappa(a, b, n_classes=3),
+        lambda: kappa(a, b + 1),
         lambda: kappa(a - 1, b),
     ):
         with pytest.raises(InputError):

@@ -34,7 +34,6 @@ from cxrpaper.evaluation.metrics import (
     sampled,
     simulate_predictions,
     softmax,
-    study_level,
 )
 from cxrpaper.runs import InputError
 from cxrpaper.schema import CLASSES, LOGITS
@@ -146,8 +145,8 @@ def test_interpolated_ap_is_voc2010_also_under_resampling(seed):
 
 
 def test_study_map_is_of_studies_and_resampled_with_the_patients(df):
-    st = study_level(df)
-    P = st[[f'p_{k}' for k in range(4)]].to_numpy()
+    P = pd.DataFrame(probabilities(df)).groupby(df.study.to_numpy()).mean()
+    st, P = df.drop_duplicates('study').set_index('study').loc[P.index], P.to_numpy()
     want = np.mean([voc_by_hand((st.label == k).to_numpy(), P[:, k]) for k in range(4)])
     got = bootstrap(df, Resampling(50), metrics=['study_map']).iloc[0]
     assert got.value == pytest.approx(want, abs=1e-12) and got.n == df.study.nunique() < len(df)
@@ -159,15 +158,11 @@ def test_study_map_is_of_studies_and_resampled_with_the_patients(df):
     assert c.samples(counts, ['study_map'])['study_map'][1] == pytest.approx(want, abs=1e-12)
 
 
-def test_study_level_is_the_mean_and_refuses_two_labels(df):
-    st = study_level(df).set_index('study')
+def test_a_study_of_two_labels_is_refused(df):
     some = df.study.value_counts().index[0]
-    assert np.allclose(
-        st.loc[some, [f'p_{k}' for k in range(4)]].to_numpy(float), probabilities(df[df.study == some]).mean(0)
-    )
     bad = df.assign(label=np.where(df.image == df.image[df.study == some].iloc[0], (df.label + 1) % 4, df.label))
     with pytest.raises(InputError, match=f'{some} has images of several classes'):
-        study_level(bad)
+        read_cases(bad)
 
 
 # ---------------------------------------------------------------- resampling

@@ -71,22 +71,19 @@ def kappa_of(
 # %% ../../nbs/appendix/evaluation/comparisons.ipynb #e487d269
 def kappa(
     a,
-    b,  # (N,) classes 0..n_classes-1 by one reader or model, and by the other
+    b,  # (N,) classes by one reader or model, and by the other
     patients=None,  # (N,) what is resampled; None: every image its own
     weights=None,  # None or 'quadratic'
-    n_classes: int = 4,  # at most 4
     how: Resampling = DEFAULT,
 ) -> dict:  # kappa, lo, hi, agreement, n, n_units, n_boot
     "Cohen's kappa with the percentile interval of resampled patients."
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise InputError(f'{a.shape} and {b.shape} classes', field='kappa', hint='give both the same images')
-    if not 2 <= n_classes <= len(CLASSES):
-        raise InputError(f'{n_classes} classes', field='n_classes', hint=f'give 2 to {len(CLASSES)}')
-    if not np.isin([a, b], range(n_classes)).all():
-        raise InputError('a class outside the scale', field='kappa', hint=f'give 0 to {n_classes - 1}')
+    if not np.isin([a, b], range(len(CLASSES))).all():
+        raise InputError('a class outside the scale', field='kappa', hint=f'give 0 to {len(CLASSES) - 1}')
     who, unit = np.unique(np.arange(len(a)) if patients is None else np.asarray(patients), return_inverse=True)
-    of = lambda w: kappa_of(confusion(a.astype(int), b.astype(int), w)[:, :n_classes, :n_classes], weights)
+    of = lambda w: kappa_of(confusion(a.astype(int), b.astype(int), w), weights)
     lo, hi, used = percentile_interval(np.concatenate([of(q[unit]) for q in how.weights(len(who))]), how.level)
     return dict(
         kappa=float(of(np.ones((len(a), 1)))[0]),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'UNITS', 'UNDEFINED', 'DEFAULT', 'BAND', 'simulate_predictions', 'check_predictions', 'softmax',
-           'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'study_level',
-           'auc_between', 'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases',
-           'read_cases', 'pool_folds', 'listed', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
+           'probabilities', 'running_sum', 'auc', 'average_precision', 'confusion', 'recall_f1', 'auc_between',
+           'metric_samples', 'point_metrics', 'Resampling', 'resampled_units', 'kish', 'Cases', 'read_cases',
+           'pool_folds', 'listed', 'aligned', 'sampled', 'percentile_interval', 'bootstrap_p', 'Verdict',
            'run_variance', 'standard_error', 'logit_interval', 'estimate', 'estimated_difference', 'starts_of',
            'evaluate', 'bootstrap', 'bootstrap_difference', 'placements', 'delong', 'delong_test', 'holm', 'roc_points',
            'pr_points', 'curve_band']
@@ -224,16 +224,6 @@ def _by_study(df, p, run) -> tuple:  # (N,) study of each image, (S,) first imag
         )
     return of, first, pd.DataFrame(p).groupby(of).mean().to_numpy()
 
-
-def study_level(
-    df: pd.DataFrame,  # predictions
-    run='predictions',  # named in errors
-) -> pd.DataFrame:  # study, patient, group, label, n_images, p_0..p_3
-    "One row per study: the mean probability of its images."
-    of, first, p = _by_study(df, probabilities(df), run)
-    out = df[['study', 'patient', 'group', 'label']].iloc[first].reset_index(drop=True).assign(n_images=np.bincount(of))
-    return out.assign(**{f'p_{k}': v for k, v in enumerate(p.T)})
-
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #53d4e018
 def auc_between(y, p, w, a: int, b: int):  # (N,) true class; (N,4); (N,B); two classes -> (B,)
     "AUC of class `a` against class `b` among their images, scored by p_a/(p_a + p_b)."
@@ -381,7 +371,6 @@ def _studies(df, p, code, unit, run) -> tuple:  # label (S,), probabilities (S,4
 def read_cases(
     df: pd.DataFrame,  # predictions
     unit: str = 'group',  # column that is resampled: group, patient, study or image
-    split='test',  # rows that count
     run=None,  # named in errors; None: df.attrs['run']
     leaky: bool = False,
 ) -> Cases:
@@ -390,10 +379,10 @@ def read_cases(
     df = check_predictions(df, run, leaky)
     if unit not in UNITS:
         raise InputError(f'{unit!r} is not a unit', file=run, field='unit', hint=f'use one of {", ".join(UNITS)}')
-    df = df[df.split == split].sort_values('image', kind='stable')
+    df = df[df.split == 'test'].sort_values('image', kind='stable')
     names, code = np.unique(df[unit].astype(str), return_inverse=True)
     if len(names) < 2:
-        problem = f'{len(names)} {unit} in split {split!r}: an interval needs at least 2'
+        problem = f"{len(names)} {unit} in split 'test': an interval needs at least 2"
         raise InputError(problem, file=run, field=unit, hint='evaluate more patients')
     p = probabilities(df)
     studies = None if unit == 'image' else _studies(df, p, code, unit, run)
@@ -714,12 +703,11 @@ def curve_band(
     df: pd.DataFrame,  # predictions
     label: int,  # class
     kind: str = 'roc',  # roc or pr
-    grid=None,  # false positive rates, or recalls; None: 101 from 0 to 1
     how: Resampling = BAND,
 ) -> pd.DataFrame:  # x, y (the curve of all patients), lo, hi
     "A ROC or precision-recall curve with its pointwise patient-bootstrap band."
     c = read_cases(df, how.unit)
-    grid = np.linspace(0, 1, 101) if grid is None else grid
+    grid = np.linspace(0, 1, 101)  # false positive rates, or recalls
     pos, score = c.y == label, c.p[:, label]
 
     def heights(w):
