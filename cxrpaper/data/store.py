@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection, current_process, parent_process
@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from .cohort import read_each
 from .dicom import processes, read_radiograph
 from ..runs import InputError, commit_folder, digest, file_digest, resolve, show_path, write_csv, write_json
 
@@ -173,24 +174,18 @@ def file_digests(
         known = {}
 
     def one(file):
-        try:
-            s = os.stat(file)
-            seen = [s.st_size, s.st_mtime_ns, s.st_ctime_ns]
-            if (old := known.get(str(file))) and old[:3] == seen:
-                return old
-            return [*seen, file_digest(file)]
-        except OSError:
-            return None
+        s = os.stat(file)
+        seen = [s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+        old = known.get(str(file))
+        return old if old and old[:3] == seen else [*seen, file_digest(file)]
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        batches = (files[i : i + 256] for i in range(0, len(files), 256))  # what waits takes memory, too
-        said = (entry for batch in batches for entry in pool.map(one, batch))
-        found = list(tqdm(said, 'hashing', len(files), leave=False, file=sys.stderr, disable=not progress))
+    found = read_each(one, files, max(workers, 1), progress, 'hashing')
+    there = {str(f): e for f, e in zip(files, found) if isinstance(e, list)}
     settled = (time.time() - 2) * 1e9
-    fresh = {str(f): e for f, e in zip(files, found) if e and max(e[1:3]) < settled}
+    fresh = {f: e for f, e in there.items() if max(e[1:3]) < settled}
     if any(known.get(k) != v for k, v in fresh.items()):
         write_json(cache, known | fresh)
-    return [e[3] if e else '' for e in found]
+    return [there[str(f)][3] if str(f) in there else '' for f in files]
 
 # %% ../../nbs/appendix/data/store.ipynb #1ff9cc75
 def boxes_fit(boxes, h: float, w: float) -> bool:  # (n,4) x, y, width, height; the frame, inf where it is not known

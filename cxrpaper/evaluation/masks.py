@@ -21,6 +21,7 @@ from cxrpaper.evaluation.metrics import (
     DEFAULT,
     UNITS,
     Resampling,
+    _share,
     estimate,
     estimated_difference,
     resampled_units,
@@ -213,11 +214,6 @@ def load_mask_scores(folder) -> MaskScores:
         ) from None
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900027
-def _ratio(part, whole):  # NaN where the whole is zero
-    part, whole = np.broadcast_arrays(part, whole)
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-
-
 def predicted(counts: np.ndarray) -> np.ndarray:  # (...,STEPS) -> (...,STEPS)
     "Pixels at or above each step: the size of the mask for every threshold."
     exact = float if np.issubdtype(counts.dtype, np.floating) else np.int64
@@ -236,14 +232,14 @@ def at_threshold(
     hit, extra = (c[:, step:].sum(1, dtype=np.int64) for c in (scores.inside, scores.outside))
     true = scores.inside.sum(1, dtype=np.int64)
     px = true + scores.outside.sum(1, dtype=np.int64)
-    defined = lambda part, whole: np.where(true > 0, _ratio(part, whole), np.nan)
+    defined = lambda part, whole: np.where(true > 0, _share(part, whole), np.nan)
     found = 2 * scores.boxes[:, step:].sum(1, dtype=np.int64) >= scores.boxes.sum(1, dtype=np.int64)
     per_image = lambda w=None: np.bincount(scores.box_of, w, len(scores)).astype(int)
     return scores.images.assign(
         dice=defined(2 * hit, true + hit + extra),
         iou=defined(hit, true + extra),
-        area=_ratio(hit + extra, px),
-        true_area=_ratio(true, px),
+        area=_share(hit + extra, px),
+        true_area=_share(true, px),
         n_boxes=per_image(),
         found=per_image(found),
     )
@@ -275,7 +271,7 @@ def pixel_pr(
 ) -> tuple:  # recall and precision, each (...,STEPS), from the strictest threshold to the loosest
     "Recall and precision of pooled pixels at every threshold; precision NaN while nothing is predicted."
     hit, all_ = (predicted(c)[..., ::-1] for c in (inside, inside + outside))
-    return _ratio(hit, hit[..., -1:]), _ratio(hit, all_)
+    return _share(hit, hit[..., -1:]), _share(hit, all_)
 
 
 def pixel_ap(
@@ -323,7 +319,7 @@ class MaskCases:
 
     def samples(self, counts):  # (n_units,B): how often each unit was drawn
         "Every metric in each resample: (len(MASK_METRICS),B)."
-        return np.vstack([_ratio(*(self.ratios @ counts)), pixel_ap(*(counts.T @ self.pixels))])
+        return np.vstack([_share(*(self.ratios @ counts)), pixel_ap(*(counts.T @ self.pixels))])
 
 # %% ../../nbs/appendix/evaluation/masks.ipynb #5e900050
 def _check_run(run, name, leaky):

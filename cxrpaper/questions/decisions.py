@@ -30,6 +30,7 @@ from scipy.special import digamma
 from cxrpaper.evaluation.metrics import (
     DEFAULT,
     Resampling,
+    _share,
     check_predictions,
     kish,
     listed,
@@ -543,8 +544,7 @@ def _kept_right(
     for k, (a, b) in enumerate(pairs):
         keep = (conf[b][:, None] >= learnt(k, a, w)) * w[b]
         total = total + np.array([w[b].sum(0), keep.sum(0), keep[~wrong[b]].sum(0)])
-    right = np.divide(total[2], total[1], out=np.full_like(total[1], np.nan), where=total[1] > 0)
-    return np.array([1 - total[1] / total[0], right])
+    return np.array([1 - total[1] / total[0], _share(total[2], total[1])])
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #666c1cc3
 def referral(
@@ -626,9 +626,7 @@ def set_coverage(
     val = df[df.split == 'val'].groupby(['fold', 'label']).group.nunique().unstack(fill_value=0)
     for k, c in enumerate(CLASSES):
         of = y == k
-        share = lambda w, of=of: np.divide(
-            (w * (hit & of)[:, None]).sum(0), w[of].sum(0), where=w[of].sum(0) > 0, out=np.full(w.shape[1], np.nan)
-        )
+        share = lambda w, of=of: _share((w * (hit & of)[:, None]).sum(0), w[of].sum(0))
         value, samples = resampled(sets, share, how)
         fewest = int(val.reindex(columns=range(len(CLASSES)), fill_value=0)[k].min())
         about = dict(level=level, size=inside[of].sum(1).mean(), n=int(of.sum()), n_calibration=fewest)
@@ -649,7 +647,7 @@ def predictive_values(
     for name, v in zip(('sensitivity', 'specificity', 'prevalence'), (a, b, q)):
         if ((v < 0) | (v > 1)).any():
             raise InputError('a value outside [0, 1]', field=name, hint='give a share, .05 for 5 %')
-    share = lambda x, y: np.divide(x, x + y, out=np.full(x.shape, np.nan), where=x + y > 0)[()]
+    share = lambda x, y: _share(x, x + y)[()]
     return share(a * q, (1 - b) * (1 - q)), share(b * (1 - q), (1 - a) * q)
 
 # %% ../../nbs/appendix/questions/decisions.ipynb #91633b77

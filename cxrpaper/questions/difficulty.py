@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from ..evaluation.comparisons import agreement_ceiling, panel_ceiling
 from cxrpaper.evaluation.metrics import (
+    SHARES,
     Resampling,
+    _share,
     aligned,
     auc,
     auc_between,
@@ -38,7 +40,7 @@ from cxrpaper.evaluation.metrics import (
     softmax,
 )
 from ..evaluation.report import BY_CLASS, COLOURS, STYLE, cell, dark_edge, tell_apart
-from .calibration import SHARES, best_scaled, fit_best, scale_folds, simulate_run
+from .calibration import best_scaled, fit_best, scale_folds, simulate_run
 from .subject import FOUND, NOT_FOUND, TOO_FEW, Subject, above, read_classes, worst
 from ..runs import InputError, resolve, rng
 from ..schema import CLASSES, LOGITS
@@ -113,8 +115,7 @@ def _drawn(cases, of, how: Resampling):
 
 def _row_shares(c, w):  # (B,4,4)
     m = confusion(c.y, c.p.argmax(1), w)
-    n = m.sum(2, keepdims=True)
-    return np.divide(m, n, out=np.full(m.shape, np.nan), where=n > 0)
+    return _share(m, m.sum(2, keepdims=True))
 
 
 def _share_interval(
