@@ -27,6 +27,7 @@ from cxrpaper.data.phantom import (
     plan_cohort,
     write_phantom,
 )
+from cxrpaper.data.readers import organisers_rule, siim_labels
 from cxrpaper.runs import InputError, rng
 
 SMALL = dict(n_patients=14, px=64, seed=3)
@@ -198,7 +199,7 @@ def test_dicom_module_reads_them(small):
 
 
 def test_statistics_match_siim(cohort):
-    truth, d, compared = truth_of(cohort), ph.box_statistics(cohort), ph.compare_siim(cohort)
+    truth, (d, label), compared = truth_of(cohort), siim_labels(cohort), ph.compare_siim(cohort)
     assert truth.patient.nunique() == 150 and abs(truth.study.nunique() / 150 - 6054 / 3261) < 0.05
     per = truth.groupby('patient').agg(n=('study', 'nunique'), k=('label', 'nunique'))
     assert abs((per.n > 1).mean() - 1200 / 3261) < 0.02 and abs((per.k > 1).mean() - 770 / 3261) < 0.02
@@ -213,10 +214,10 @@ def test_statistics_match_siim(cohort):
     for got, want in zip(get('median box area')[1:], (0.176, 0.062, 0.058)):
         assert 0.6 * want < got < 1.7 * want
     boxed = truth[truth.sibling].image
-    assert (d.set_index('image').n[boxed] == 0).all() and len(boxed) > 0  # siblings were never read
-    assert (d[d.label == 0].n == 0).all() and (~d.kept).sum() == (
-        truth.sibling & (truth.n_boxes > 0) & (truth.label > 0)
-    ).sum()
+    n = d.boxes.map(len)
+    assert (n[d.image.isin(boxed)] == 0).all() and len(boxed) > 0  # siblings were never read
+    dropped = len(d) - len(organisers_rule(d))
+    assert (n[label == 0] == 0).all() and dropped == (truth.sibling & (truth.n_boxes > 0) & (truth.label > 0)).sum()
 
 
 def test_quotas_hold_for_any_size():
@@ -389,8 +390,8 @@ def test_noise_moves_labels_but_no_pixel(tmp_path):
     assert {k: v for k, v in a.items() if k.endswith('.dcm')} == {
         k: v for k, v in b.items() if k.endswith('.dcm')
     } and a['train_study_level.csv'] != b['train_study_level.csv']
-    d = ph.box_statistics(noisy)
-    assert (d[d.label == 0].n == 0).all()
+    d, label = siim_labels(noisy)
+    assert (d.boxes[label == 0].map(len) == 0).all()
 
 
 def corner_accuracy(**switch):

@@ -14,10 +14,9 @@ __all__ = ['APPEARANCES', 'PROFILES', 'RANGES', 'ELECTRODES', 'AREA', 'WHERE', '
            'panel', 'quota', 'studies_a_patient', 'assign_classes', 'hex12', 'plan_patients', 'plan_patterns',
            'plan_studies', 'plan_images', 'plant_leaks', 'plan_cohort', 'uid', 'dicom_header', 'encode', 'write_dicom',
            'draw_row', 'write_row', 'write_rows', 'run_plan', 'label_tables', 'summary', 'default_root', 'is_complete',
-           'write_phantom', 'phantom', 'box_statistics', 'siim_statistics', 'compare_siim']
+           'write_phantom', 'phantom', 'compare_siim']
 
 # %% ../../nbs/appendix/data/phantom.ipynb #ae8cabe3
-import ast
 import hashlib
 import json
 import math
@@ -39,6 +38,8 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000
 from scipy.interpolate import CubicSpline
 from tqdm import tqdm
 
+from .cohort import box_statistics
+from .readers import organisers_rule, siim_labels
 from cxrpaper.runs import (
     InputError,
     atomic_dir,
@@ -971,6 +972,7 @@ SIIM = dict(
     patients_mixed=770,
     studies=(1676, 2855, 1049, 474),
     images=(1736, 3007, 1108, 483),
+    kept=(1736, 2855, 1049, 477),  # by the organisers' rule
     boxed=(0, 2854, 1049, 391),
     boxes=(0, 5881, 1435, 537),
     both_halves=(float('nan'), 0.99, 0.32, 0.32),
@@ -1369,14 +1371,8 @@ def summary(c: PhantomConfig, truth: pd.DataFrame) -> dict:  # content of phanto
 
 # %% ../../nbs/appendix/data/phantom.ipynb #de5f7de5
 def default_root(c: PhantomConfig) -> Path:
-    "data/phantom/<16 digits that stand for the configuration and for this module>."
-    code = project_root() / 'cxrpaper' / 'phantom.py'
-    return (
-        project_root()
-        / 'data'
-        / 'phantom'
-        / digest(dict(config=asdict(c), code=code.read_text() if code.exists() else ''))[:16]
-    )
+    "data/phantom/<16 digits that stand for the configuration>."
+    return project_root() / 'data' / 'phantom' / digest(dict(config=asdict(c), code=''))[:16]
 
 
 def is_complete(root, c: PhantomConfig) -> bool:  # raises InputError if the folder holds something else
@@ -1431,62 +1427,30 @@ def phantom(profile: str = 'smoke', workers: int = 2, progress: bool = False) ->
         raise InputError(f'{profile!r} is not known', field='profile', hint=f'give one of {", ".join(PROFILES)}')
     return write_phantom(PhantomConfig(**PROFILES[profile]), workers=workers, progress=progress)
 
-# %% ../../nbs/appendix/data/phantom.ipynb #b7420775
-def box_statistics(
-    root,
-) -> pd.DataFrame:  # one row per image: label, n, area (share), both (bool), sibling rule applied
-    "Boxes of each image as they stand in the two tables of `root`."
-    study, image = (pd.read_csv(Path(root) / f'train_{k}_level.csv', keep_default_na=False) for k in ('study', 'image'))
-    label = dict(zip(study.id.str[:12], study.iloc[:, 1:].to_numpy().argmax(1)))
-    truth = pd.read_csv(Path(root) / 'truth.csv').set_index('image')
-    out = []
-    for row in image.itertuples():
-        t, boxes = truth.loc[row.id[:12]], [tuple(b.values()) for b in ast.literal_eval(row.boxes or '[]')]
-        union = np.zeros((t.height, t.width), bool)
-        for x, y, w, h in boxes:
-            union[int(y) : int(y + h), int(x) : int(x + w)] = True
-        middle = [(x + w / 2) / t.width for x, y, w, h in boxes]
-        both = bool(boxes) and min(middle) < 0.5 < max(middle)
-        name = dict(image=row.id[:12], study=row.StudyInstanceUID, label=label[row.StudyInstanceUID])
-        out.append(name | dict(n=len(boxes), area=union.mean(), both=both))
-    d = pd.DataFrame(out)
-    of = d.groupby('study').n
-    # the organisers' rule: an unboxed sibling of a boxed image goes
-    d['kept'] = ~((of.transform('size') > 1) & (d.n == 0) & (of.transform('max') > 0))
-    return d
-
-# %% ../../nbs/appendix/data/phantom.ipynb #66055d68
-def siim_statistics() -> dict:  # statistic -> a number for each class
-    "The same of SIIM's published tables."
-    s, i, b, k = (np.array(SIIM[f], float) for f in ('studies', 'images', 'boxed', 'boxes'))
-    kept_images = np.array([1736, 2855, 1049, 477])
+# %% ../../nbs/appendix/data/phantom.ipynb #c9d408da
+def _statistics(studies, images, kept, boxed, boxes, both_halves, box_area) -> dict:  # a number for each class, each
+    studies, images, kept, boxed, boxes = (np.array(v, float) for v in (studies, images, kept, boxed, boxes))
     with np.errstate(invalid='ignore'):
         return {
-            'share of studies': s / s.sum(),
-            'images a study': i / s,
-            'kept images with a box': b / kept_images,
-            'boxes a boxed image': k / b,
-            'boxes on both halves': np.array(SIIM['both_halves']),
-            'median box area': np.array(SIIM['box_area']),
+            'share of studies': studies / studies.sum(),
+            'images a study': images / studies,
+            'kept images with a box': boxed / kept,
+            'boxes a boxed image': boxes / boxed,
+            'boxes on both halves': both_halves,
+            'median box area': box_area,
         }
 
-# %% ../../nbs/appendix/data/phantom.ipynb #c9d408da
+
 def compare_siim(root) -> pd.DataFrame:  # rows: statistics, columns: (class, phantom | SIIM)
-    "The phantom's statistics beside SIIM's."
-    d = box_statistics(root)
-    boxed, kept = d[d.n > 0], d[d.kept]
-    by = lambda x: x.reindex(range(4))
-    ours = {
-        'share of studies': by(d.drop_duplicates('study').label.value_counts(normalize=True)),
-        'images a study': by(d.groupby('label').size() / d.groupby('label').study.nunique()),
-        'kept images with a box': by(kept.groupby('label').n.apply(lambda n: (n > 0).mean())),
-        'boxes a boxed image': by(boxed.groupby('label').n.mean()),
-        'boxes on both halves': by(boxed.groupby('label').both.mean()),
-        'median box area': by(boxed.groupby('label').area.median()),
-    }
-    table = {
-        (a, w): [v[row].iloc[j] if w == 'phantom' else v[row][j] for row in ours]
-        for j, a in enumerate(APPEARANCES)
-        for w, v in (('phantom', ours), ('SIIM', siim_statistics()))
-    }
-    return pd.DataFrame(table, index=list(ours))
+    "The phantom's statistics beside SIIM's, both from label tables."
+    table, label = siim_labels(root)
+    truth = pd.read_csv(Path(root) / 'truth.csv', dtype=dict(image=str)).set_index('image').loc[table.image]
+    images = table.assign(label=label, height=truth.height.values, width=truth.width.values)
+    by, kept = images.groupby('label'), organisers_rule(images).groupby('label')
+    ours = [t.reindex(range(4)) for t in (by.study.nunique(), by.size(), kept.size())]
+    both = dict(
+        phantom=_statistics(*ours, *box_statistics(images).to_numpy(float).T),
+        SIIM=_statistics(*(SIIM[k] for k in 'studies images kept boxed boxes both_halves box_area'.split())),
+    )
+    numbers = {(a, w): [v[j] for v in both[w].values()] for j, a in enumerate(APPEARANCES) for w in both}
+    return pd.DataFrame(numbers, index=list(both['SIIM']))
