@@ -4,7 +4,7 @@ import importlib.util
 
 import pandas as pd
 import pytest
-from test_parameters import check_cells
+from test_parameters import checks_of
 from test_predict import train
 
 from cxrpaper.training.curves import curves
@@ -33,7 +33,8 @@ def test_a_missing_package_is_said_before_any_work(monkeypatch, capsys):
     find = importlib.util.find_spec
     gone = lambda name, *more: None if name in ('tensorboard', 'mlflow') else find(name, *more)
     monkeypatch.setattr(importlib.util, 'find_spec', gone)
+    check = checks_of('04_finetune.ipynb')
     for log, command in dict(tensorboard="pip install 'cxrpaper[log]'", mlflow='pip install mlflow').items():
-        error = str(check_cells('04_finetune.ipynb', dict(log=log)))
+        error = str(check(dict(log=log)))
         assert f'{log} is not installed' in error and f'Hint: {command}' in error
-    assert "one of 'tensorboard', 'mlflow'" in str(check_cells('04_finetune.ipynb', dict(log='wandb')))
+    assert "one of 'tensorboard', 'mlflow'" in str(check(dict(log='wandb')))

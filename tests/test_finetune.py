@@ -92,6 +92,19 @@ def results(run):
     return {f: (Path(run) / f).read_bytes() for f in ('weights.safetensors', 'history.csv', 'predictions.csv')}
 
 
+def kill(p, checkpoint, r, seconds):
+    "Kill a training soon after its next checkpoint; did it live so long?"
+    written = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+    seen, deadline = written(), time.time() + seconds
+    while p.is_alive() and time.time() < deadline and written() in (None, seen):
+        time.sleep(0.01)
+    time.sleep(r.random() * 0.3)
+    alive = p.is_alive()
+    p.kill()
+    p.join()
+    return alive
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(fork, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     t0 = time.time()
@@ -99,20 +112,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(fork, tmp_path):
     seconds, r, kills, epochs = time.time() - t0, random.Random(0), 0, []
     checkpoint = killed.with_name('killed.partial') / 'checkpoint.pt'
     for _ in range(2):
-        p = fork(train, killed)
-        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        deadline = time.time() + 30 + 3 * seconds
-        while (
-            p.is_alive()
-            and time.time() < deadline
-            and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen)
-        ):
-            time.sleep(0.01)
-        time.sleep(r.random() * 0.3)
-        if p.is_alive():
-            p.kill()
-            kills += 1
-        p.join()
+        kills += kill(fork(train, killed), checkpoint, r, 30 + 3 * seconds)
         if checkpoint.exists():
             epochs.append(load_checkpoint(checkpoint)['epoch'])
     assert kills >= 1 and epochs == sorted(epochs) and epochs[0] < P['epochs'] - 1, (kills, epochs)
@@ -123,16 +123,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(fork, tmp_path):
     assert len(pd.read_csv(killed / 'history.csv')) == P['epochs'] and not checkpoint.exists()
 
 
-def test_another_seed_gives_other_weights(data, tmp_path):
+def briefly(data, run, **change):
+    "A run of one epoch."
+    (cohort, store), p = data, as_parameters(P | dict(epochs=1) | change)
+    made_of = dict(store=store.pixels_sha256)
+    return finetune(Run(run, vars(p), made_of), cohort, store, assign_folds(cohort.images, 3), p, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def brief(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp('brief') / 'run'
+    briefly(data, run)
+    return run
+
+
+def test_another_seed_gives_other_weights(data, brief, tmp_path):
     "The counter-test of reproducibility: the seed is what makes runs equal."
-    cohort, store = data
-    folds = assign_folds(cohort.images, 3)
-    made = []
-    for i, seed in enumerate((0, 0, 1)):
-        p = as_parameters(P | dict(seed=seed, epochs=1))
-        finetune(Run(tmp_path / str(i), vars(p)), cohort, store, folds, p, device='cpu')
-        made.append(results(tmp_path / str(i)))
-    assert made[0] == made[1] and made[0]['weights.safetensors'] != made[2]['weights.safetensors']
+    briefly(data, tmp_path / 'r', seed=1)
+    assert results(tmp_path / 'r')['weights.safetensors'] != results(brief)['weights.safetensors']
 
 
 def test_it_learns_what_is_there_and_nothing_else(data, tmp_path):
@@ -197,18 +205,8 @@ def test_predictions_do_not_depend_on_the_batch_size(data):
         predict(model, Batches(store.images, rows, cohort.images.label.values, 4, seed=0))
 
 
-def test_provenance_says_what_went_in(data, tmp_path):
-    cohort, store = data
-    p = as_parameters(P | dict(epochs=1))
-    finetune(
-        Run(tmp_path / 'r', vars(p), dict(store=store.pixels_sha256)),
-        cohort,
-        store,
-        assign_folds(cohort.images, 3),
-        p,
-        device='cpu',
-    )
-    prov = load_run(tmp_path / 'r')
+def test_provenance_says_what_went_in(data, brief):
+    (cohort, store), prov = data, load_run(brief)
     assert (
         prov['inputs']['store'] == store.pixels_sha256
         and prov['cohort']['digest'] == cohort.digest
@@ -220,7 +218,7 @@ def test_provenance_says_what_went_in(data, tmp_path):
         and prov['versions']['torch']
         and prov['pretrained']['pretrain'] == 'none'
     )
-    df = pd.read_csv(tmp_path / 'r' / 'predictions.csv')
+    df = pd.read_csv(brief / 'predictions.csv')
     assert set(df.split) == {'val', 'test'} and not set(df.group[df.split == 'val']) & set(df.group[df.split == 'test'])
 
 

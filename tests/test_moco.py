@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from test_finetune import small
+from test_inpainting import Stop
 from test_pretraining import start
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -124,26 +125,6 @@ def test_what_does_not_fit_is_refused():
         check_groups(10, 4)
     with pytest.raises(InputError, match='queue'):
         MoCo(Encoder('resnet10t'), dim=8, K=12).train()(torch.rand(16, 1, 32, 32))
-
-
-class Stop(EpochRecorder):
-    "An accident in the middle of an epoch."
-
-    order = 15
-
-    def __init__(self, epoch, batch):
-        self.at = (epoch, batch)
-        super().__init__(False)
-
-    def after_batch(self):
-        if (self.epoch, self.iter) == self.at:
-            raise KeyboardInterrupt
-
-    def before_train(self):
-        pass
-
-    def after_validate(self):
-        pass
 
 
 def test_stopped_anywhere_it_ends_with_the_same_weights_queue_and_history(data, tmp_path):

@@ -22,56 +22,51 @@ BIN = Path(sys.executable).parent
 RUNNABLE = [f.relative_to(NBS).as_posix() for f in PAGES]
 
 
-def check_cells(name, given):
-    "Execute a notebook, with papermill's injected cell, up to the cell that checks the parameters, but for a library's demonstrations; returns the error or None."
-    nb = parameterize_notebook(load_notebook_node(str(ROOT / 'nbs' / name)), given)
+WRONG = [
+    ({'pretrian': 'moco'}, 'unknown parameter pretrian'),
+    ({'profile': 'smok'}, "parameter profile: 'smok'"),
+    ({'profile': 3}, 'parameter profile: 3 (int)'),
+]
+OF_FINETUNE = [
+    ({'lr': '1e-3'}, 'write it with a point, as 1.0e-3'),
+    ({'lr': 7}, 'a number from'),
+    ({'epochs': 2.5}, 'a whole number'),
+    ({'fold': 9}, 'folds count from 0'),
+    ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'"),
+    ({'masks': 'shuffled'}, 'set multitask to true'),
+    ({'multitask': True, 'px': 100}, 'divisible by 32'),
+]
+
+
+def checks_of(name):
+    "Execute a notebook up to the cell that checks the parameters, but for a library's demonstrations; then a function: what papermill's injected cell gives -> the error or None."
+    nb = load_notebook_node(str(ROOT / 'nbs' / name))
     shell, library = InteractiveShell(), any('#| default_exp' in c.source for c in nb.cells)
-    asked = lambda source: re.search(r'\bparameters\(\s*globals\(\)', source)
-    for c in nb.cells:
-        shows = library and not c.source.startswith('#|') and not c.metadata.get('tags') and not asked(c.source)
-        if c.cell_type != 'code' or shows:
-            continue
-        r = shell.run_cell(c.source, store_history=True, silent=False)
-        if r.error_in_exec or r.error_before_exec:
-            return r.error_in_exec or r.error_before_exec
-        if asked(c.source):
-            return None
-    raise AssertionError(f'{name} never checks its parameters')
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    at = next(i for i, c in enumerate(code) if re.search(r'\bparameters\(\s*globals\(\)', c.source))
+    before = [c for c in code[:at] if not library or c.source.startswith('#|') or c.metadata.get('tags')]
+
+    def run(cells):
+        done = (shell.run_cell(c.source, store_history=True, silent=False) for c in cells)
+        return next((e for r in done if (e := r.error_in_exec or r.error_before_exec)), None)
+
+    assert run(before) is None
+
+    def check(given):
+        del shell.user_ns['In'][1:]
+        tagged = [c for c in parameterize_notebook(nb, given).cells if c.metadata.get('tags')]
+        return run([*(c for c in tagged if 'parameters' in ' '.join(c.metadata.tags)), code[at]])
+
+    return check
 
 
 @pytest.mark.parametrize('name', RUNNABLE)
-@pytest.mark.parametrize(
-    'given,what',
-    [
-        ({}, None),
-        ({'pretrian': 'moco'}, 'unknown parameter pretrian'),
-        ({'profile': 'smok'}, "parameter profile: 'smok'"),
-        ({'profile': 3}, 'parameter profile: 3 (int)'),
-    ],
-    ids=['defaults', 'misspelt', 'choice', 'type'],
-)
-def test_parameters_are_checked(name, given, what, capsys):
-    error = check_cells(name, given)
-    if what is None:
-        assert error is None, error
-    else:
-        assert error is not None and what in str(error) and 'Hint' in str(error)
-
-
-@pytest.mark.parametrize(
-    'given,what',
-    [
-        ({'lr': '1e-3'}, 'write it with a point, as 1.0e-3'),
-        ({'lr': 7}, 'a number from'),
-        ({'epochs': 2.5}, 'a whole number'),
-        ({'fold': 9}, 'folds count from 0'),
-        ({'pretrain': 'mocco'}, "one of 'none', 'imagenet', 'moco', 'inpainting'"),
-        ({'masks': 'shuffled'}, 'set multitask to true'),
-        ({'multitask': True, 'px': 100}, 'divisible by 32'),
-    ],
-)
-def test_finetune_refuses(given, what, capsys):
-    assert what in str(check_cells('04_finetune.ipynb', given))
+def test_parameters_are_checked(name, capsys):
+    check = checks_of(name)
+    for given, what in WRONG + OF_FINETUNE * (name == '04_finetune.ipynb'):
+        error = str(check(given))
+        assert what in error and 'Hint' in error
+    assert check({}) is None
 
 
 def papermill(env, *args, cwd=ROOT, nb='nbs/04_finetune.ipynb', out):

@@ -1,13 +1,13 @@
 "Pre-training runs: killed at any moment they end with the same bytes; what they saw is on record, and fine-tuning asks for it."
 
 import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from test_finetune import kill
 
 from cxrpaper.data.folds import assign_folds
 from cxrpaper.data.phantom import PhantomConfig, write_phantom
@@ -90,19 +90,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, fork, tm
     again = lambda: fork(elsewhere, torch.get_num_threads(), method, run)
     checkpoint = run.with_name('killed.partial') / 'checkpoint.pt'
     for _ in range(kills):
-        p = again()
-        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        deadline = time.time() + 240
-        while (
-            p.is_alive()
-            and time.time() < deadline
-            and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen)
-        ):
-            time.sleep(0.01)
-        time.sleep(r.random() * 0.3)
-        assert p.is_alive()
-        p.kill()
-        p.join()
+        assert kill(again(), checkpoint, r, 240)
         epochs.append(load_checkpoint(checkpoint)['epoch'])
     assert epochs[-1] < BASE['epochs'] - 1, epochs
     p = again()

@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import yaml
 from pydicom.pixels.processing import apply_windowing
-from test_parameters import check_cells
+from test_parameters import checks_of
 
 from cxrpaper.data.cohort import Cohort, save_cohort
 from cxrpaper.data.dicom import read_radiograph
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(corpus, models, room):
     other = guesses(corpus[0].images.assign(image=lambda t: t.image + 'x'), corpus[2], 'strange', 0)
     with pytest.raises(InputError, match='not in the cohort'):
         case_table(corpus[0].images, [other])
-    error = check_cells('09_reader.ipynb', dict(first='resnet10t-none'))
+    error = checks_of('09_reader.ipynb')(dict(first='resnet10t-none'))
     assert isinstance(error, InputError) and error.field == 'parameter study'
 
 
