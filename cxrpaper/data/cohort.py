@@ -304,9 +304,10 @@ def read_headers(
     files: list,  # DICOM files
     workers: int = 4,  # threads: the time goes into waiting for the disk
     progress: bool = False,  # show a bar on stderr
+    read=header_facts,  # file -> its row
 ) -> pd.DataFrame:  # one row per file, in order
     "The facts of many headers; InputError that counts the files that cannot be read and names the first."
-    rows = read_each(header_facts, files, workers, progress)
+    rows = read_each(read, files, workers, progress)
     if bad := [r for r in rows if isinstance(r, Exception)]:
         raise InputError(
             f'{len(bad):,} of {len(files):,} files cannot be read, the first: {bad[0]}',

@@ -312,11 +312,7 @@ def survey_siim(root: Path) -> tuple:  # counts, keys that the tables list, key 
 def survey_chestxray14(root: Path) -> tuple:
     "ChestX-ray14: a file is known by its name, in whichever of the folders it lies."
     t = read_rows(next(iter(sorted(root.glob('Data_Entry_2017*.csv'))), root / 'Data_Entry_2017.csv'))
-    for c in ('Image Index', 'Patient ID'):
-        if c not in t:
-            raise InputError(
-                'missing column', file=t.attrs['file'], field=f'column {c}', hint='use the table as it was released'
-            )
+    require_columns(t, ('Image Index', 'Patient ID'))
     found = {}
     for f in sorted(root.glob('images*/**/*.png')):
         found.setdefault(f.name, []).append(f)

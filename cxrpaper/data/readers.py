@@ -18,9 +18,7 @@ import ast
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 from cxrpaper.data.cohort import (
     Cohort,
@@ -653,19 +650,9 @@ def read_chexpert(
     home = next((p.parent for p in (root / 'train.csv', *sorted(root.glob('CheXpert*/train.csv'))) if p.exists()), root)
     parts = [_chexpert_rows(home, f) for f in ('train.csv', 'valid.csv') if f == 'train.csv' or (home / f).exists()]
     images = pd.concat(parts, ignore_index=True)
-    with ThreadPoolExecutor(workers) as pool:
-        sizes = list(
-            tqdm(
-                pool.map(picture_size, [home / p for p in images.path]),
-                total=len(images),
-                disable=not progress,
-                file=sys.stderr,
-                leave=False,
-                desc='sizes',
-            )
-        )
+    size = lambda f: dict(zip(('height', 'width'), picture_size(f)))
     return make_cohort(
-        images.assign(height=[h for h, _ in sizes], width=[w for _, w in sizes]),
+        images.join(read_headers([home / p for p in images.path], workers, progress, size)),
         home,
         'CheXpert',
         images_read=len(images),
