@@ -153,7 +153,7 @@ def hash_cohort(
     if bad := [h for h in done.values() if isinstance(h, Exception)]:
         raise InputError(
             f'{len(bad):,} of {len(files):,} files cannot be read, the first: {bad[0]}',
-            hint='list them all with cxrpaper.dicom.verify_tree',
+            hint='list them all with cxrpaper.data.dicom.verify_tree',
         )
     return np.stack([done[f] for f in files])
 

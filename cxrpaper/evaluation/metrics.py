@@ -129,7 +129,7 @@ def _check_split(df, run, leaky):
                 f'{who} is in val and test of fold {at}',
                 file=run,
                 field=c,
-                hint='split by patient (cohort.assign_folds), or say leaky=True where leakage is what is measured',
+                hint='split by patient (cxrpaper.data.folds.assign_folds), or say leaky=True where leakage is what is measured',
             )
 
 # %% ../../nbs/appendix/evaluation/metrics.ipynb #5ca688eb
