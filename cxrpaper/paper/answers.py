@@ -179,7 +179,7 @@ def fewer_labels(e: Evidence) -> str:  # '' where there is no table, or where th
         return ''
     d = few[(few.metric == 'difference_auc_macro') & (few.question == 'ImageNet')]
     said = ', '.join(f'{r.row.split(",")[0]} {numbers(r)}' for r in d.itertuples())
-    asked = 'with so few none was fine-tuned or trained from scratch, so whether it saves labels stays open'
+    asked = 'no encoder was fine-tuned with so few, so whether it saves labels stays open'
     return f'with {100 * few.labels.min():.0f} % of the labels, encoder frozen, minus ImageNet: {said}; {asked}'
 
 
@@ -281,7 +281,7 @@ def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evi
         more = {e: '; '.join(filter(None, (f'{int(found[e][0].n_units)} patients', beside(e, q)))) for e in said}
         out[words] = [(e, f'{expected(e, q, plan)}{text}, {more[e]}') for e, text in said.items()]
     out['Is a model fit to be deployed?'] = [(e, v) for e in evidence if (v := verdict_of(e))]
-    out['Do finer pixels or a larger network help?'] = [(e, s) for e in evidence if (s := finer_compared(e))]
+    out['Does fine-tuning at 320 px beat frozen features?'] = [(e, s) for e in evidence if (s := finer_compared(e))]
     out['Why is it hard?'] = [(e, s) for e in evidence if e.kind not in ('recipe', 'finer') and (s := why_hard(e))]
     return out
 
@@ -296,12 +296,13 @@ def short_answers(evidence=EVIDENCE, plan=None) -> str:
     "Each question in two sentences, as on the first page: real radiographs, then phantoms whose truth was planted."
     out = []
     for q, said in answers(evidence, plan).items():
-        said = [(e, text.replace(') macro AUC', ')')) for e, text in said]
+        said = [(e, re.sub(r', \d+ patients', '', text.replace(') macro AUC', ')'))) for e, text in said]
         real = [f'*Real*: {text}.' for e, text in said if e.kind == 'real']
         planted = [(e, text) for e, text in said if e.kind == 'planted' and 'passed' not in text]
         real += [f'*{e.short}*: {text}.' for e, text in said if e.kind == 'recipe']
-        real += [f'*Real*: {finer_compared(e)}.' for e, text in said if e.kind == 'finer']
-        known = [f'*Phantoms {e.short}*: {text}.' for e, text in planted]
+        real += [f'*Real*: {text}.' for e, text in said if e.kind == 'finer']
+        short = lambda text: text.replace('multi-task minus single-task ', '')
+        known = [f'*Phantoms {e.short}*: {short(text)}.' for e, text in planted]
         missed = any('expected better' in text and 'found better' not in text for _, text in planted)
         noted = ['The planted gain was not found: nothing here shows that a true one would be.'] * missed
         out.append(f'**{q}** ' + ' '.join(real + known + noted))
