@@ -338,15 +338,20 @@ def _sync(path):
         os.close(fd)
 
 
-def _temporary(path):
-    "This process's name for what becomes `path`; what processes that are gone left under theirs is removed."
-    mine = f'.{path.name}.{platform.node()}-'
-    for left in path.parent.glob(f'{glob.escape(mine)}*.tmp'):
-        pid = left.name.removeprefix(mine).removesuffix('.tmp')
+@functools.cache
+def _sweep(folder):
+    "Remove what processes of this machine that are gone left unfinished in a folder: once a process, not at every write."
+    mine = f'.{platform.node()}-'
+    for left in folder.glob(f'.*{glob.escape(mine)}*.tmp'):
+        pid = left.name.removesuffix('.tmp').rpartition(mine)[2]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             with suppress(OSError):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return path.with_name(f'{mine}{os.getpid()}.tmp')
+
+
+def _temporary(path):  # this process's name for what becomes `path`
+    _sweep(path.parent.absolute())
+    return path.with_name(f'.{path.name}.{platform.node()}-{os.getpid()}.tmp')
 
 # %% ../nbs/appendix/machine/runs.ipynb #0a896711
 @contextmanager
