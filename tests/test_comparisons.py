@@ -27,13 +27,18 @@ from cxrpaper.runs import InputError
 from cxrpaper.schema import LOGITS
 
 
-def delong_loops(positive, scores, patients):
+def delong_loops(positive, scores, patients=None):
     "The structural components of 1988 in float64, pair by pair; sums per patient as Obuchowski 1997."
     pos, neg = np.flatnonzero(positive), np.flatnonzero(~positive)
     win = lambda s, i, j: float(s[i] > s[j]) + 0.5 * float(s[i] == s[j])
     x = [[sum(win(s, i, j) for j in neg) / len(neg) for i in pos] for s in scores]
     y = [[sum(win(s, i, j) for i in pos) / len(pos) for j in neg] for s in scores]
     theta = [sum(v) / len(v) for v in x]
+    if patients is None:
+        cov = lambda v, a, b: (
+            sum((p - theta[a]) * (q - theta[b]) for p, q in zip(v[a], v[b])) / (len(v[a]) - 1) / len(v[a])
+        )
+        return theta, [[cov(x, a, b) + cov(y, a, b) for b in range(len(scores))] for a in range(len(scores))]
     names = sorted(set(patients))
     sums = lambda v, of, a: [sum(q - theta[a] for q, i in zip(v[a], of) if patients[i] == n) / len(of) for n in names]
     scale = lambda k: k / (k - 1)
@@ -57,10 +62,11 @@ def test_delong_is_the_loop_over_pairs(seed):
     y = np.append([True, True, False, False], g.random(n) < 0.4)
     patient = g.integers(0, n // 2, n + 4)
     s = np.round(g.normal(size=(2, n + 4)) + y, int(g.integers(0, 3)))
-    (one, two), c = delong_loops(y, s, patient)
-    r = delong_test(y, *s, patient)
-    assert [r['auc_a'], r['auc_b']] == pytest.approx([one, two], abs=1e-12)
-    assert r['se'] ** 2 == pytest.approx(max(c[0][0] + c[1][1] - 2 * c[0][1], 0), abs=1e-12)
+    for who in (None, patient):
+        (one, two), c = delong_loops(y, s, who)
+        r = delong_test(y, *s, who)
+        assert [r['auc_a'], r['auc_b']] == pytest.approx([one, two], abs=1e-12)
+        assert r['se'] ** 2 == pytest.approx(max(c[0][0] + c[1][1] - 2 * c[0][1], 0), abs=1e-12)
 
 
 def swap_p(y, a, b, who, g, n=1500):
@@ -225,3 +231,6 @@ def test_the_detectable_difference_is_the_textbook_factor_and_the_bootstraps_err
     image = compared(a, b, n_boot=300, unit='image')
     assert detectable(image.se, image.df) < 0.9 * detectable(r.se, r.df), 'images as independent promise too much'
     assert compared(a, a, n_boot=20).se == 0
+    for bad in (dict(power=0.3), dict(alpha=0), dict(power=1)):
+        with pytest.raises(InputError):
+            detectable(0.1, **bad)

@@ -139,7 +139,9 @@ def brief(data, tmp_path_factory):
 
 def test_another_seed_gives_other_weights(data, brief, tmp_path):
     "The counter-test of reproducibility: the seed is what makes runs equal."
+    briefly(data, tmp_path / 'same')
     briefly(data, tmp_path / 'r', seed=1)
+    assert results(tmp_path / 'same') == results(brief)
     assert results(tmp_path / 'r')['weights.safetensors'] != results(brief)['weights.safetensors']
 
 

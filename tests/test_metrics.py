@@ -526,6 +526,20 @@ def test_delong_is_its_definition(seed):
     assert delong(y, s)[0][0] == pytest.approx(sk.roc_auc_score(y, s[0]))
 
 
+def test_delong_against_permutations():
+    g = np.random.default_rng(1)
+    n = 100
+    y = np.arange(n) < 40
+    for shift in (0.0, 0.5, 0.9):
+        shared = g.normal(size=n)
+        a, b = 0.8 * shared + g.normal(size=n) + 1.2 * y, 0.8 * shared + g.normal(size=n) + (1.2 - shift) * y
+        one = np.ones((n, 1))
+        diff = lambda s: auc(y, np.where(s, b, a), one)[0] - auc(y, np.where(s, a, b), one)[0]
+        observed = abs(diff(np.zeros(n, bool)))
+        p = np.mean([abs(diff(g.random(n) < 0.5)) >= observed - 1e-12 for _ in range(2000)])
+        assert abs(p - delong_test(y, a, b)['p']) < 0.04
+
+
 def test_delong_keeps_its_level_and_finds_what_is_there():
     g = np.random.default_rng(2)
     y = np.arange(120) < 50

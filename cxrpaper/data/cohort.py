@@ -311,7 +311,7 @@ def read_headers(
     if bad := [r for r in rows if isinstance(r, Exception)]:
         raise InputError(
             f'{len(bad):,} of {len(files):,} files cannot be read, the first: {bad[0]}',
-            hint='list them all with cxrpaper.data.dicom.verify_tree, then restore them',
+            hint='restore them (cxrpaper.data.dicom.verify_tree lists those that are DICOM)',
         )
     return pd.DataFrame(rows)
 

@@ -182,4 +182,6 @@ def detectable(
     power: float = 0.8,  # probability of finding it
 ) -> float:
     "The true difference that a test finds with this power."
+    if not 0 < alpha < 0.5 <= power < 1:
+        raise InputError(f'power {power}, alpha {alpha}', field='power', hint='give .5 <= power < 1 and 0 < alpha < .5')
     return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se)

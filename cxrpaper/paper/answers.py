@@ -34,7 +34,7 @@ class Evidence:
     short: str  # on the first page
     expected: str = ''  # of masks, where the truth is planted
 
-
+# %% ../../nbs/appendix/paper/answers.ipynb #342a82de
 NO_PLACE = 'no gain by place'
 EVIDENCE = (
     Evidence('real radiographs (NIH, read by the RSNA; surrogate classes)', 'figures/open', 'real', 'real radiographs'),
@@ -61,6 +61,8 @@ EVIDENCE = (
     ),
     Evidence('phantoms of the shape of SIIM', 'figures', 'phantom', 'of the shape of SIIM'),
 )
+
+# %% ../../nbs/appendix/paper/answers.ipynb #bb687dc2
 ASKED = dict(  # question of the plan -> table, the question of its rows, the models that are asked about
     multitask=('table3', 'more tasks', ('multi-task',)),
     pretraining=('table4', 'ImageNet', ('MoCo, single-task', 'inpainting, single-task')),
@@ -257,7 +259,8 @@ def finer_compared(e: Evidence) -> str:  # '' where Table 2 compares nothing
     if (d := t[t.metric == 'difference_auc_macro']).empty:
         return ''
     px = read_study(json.loads((resolve(e.folder) / 'table2.json').read_text())['study'])['px']
-    network, how, side = _named((than := t[(t.metric == 'auc_macro') & (t.row == d.than.iloc[0])].iloc[0]).row, px)
+    than = t[(t.metric == 'auc_macro') & (t.row == d.than.iloc[0])].iloc[0]
+    network, how, side = _named(than.row, px)
     said = []
     for r in d.itertuples():
         words = [w for w, known in zip(_named(r.row, px), (network, how, '')) if w != known]
