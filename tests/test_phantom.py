@@ -85,6 +85,14 @@ def test_a_folder_with_something_else_is_refused(small, tmp_path):
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
 
 
+def test_code_that_draws_differently_draws_into_another_folder(monkeypatch):
+    c = PhantomConfig(**SMALL)
+    before = ph.default_root(c)
+    assert ph.default_root(c) == before != ph.default_root(PhantomConfig(**SMALL | dict(seed=9)))
+    monkeypatch.setattr(ph, 'code_digest', lambda module: f'{module}, changed')
+    assert ph.default_root(c) != before
+
+
 def test_an_error_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(ph, 'label_tables', lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -44,6 +44,7 @@ from cxrpaper.runs import (
     InputError,
     atomic_dir,
     choice,
+    code_digest,
     digest,
     flag,
     integer,
@@ -1371,8 +1372,8 @@ def summary(c: PhantomConfig, truth: pd.DataFrame) -> dict:  # content of phanto
 
 # %% ../../nbs/appendix/data/phantom.ipynb #de5f7de5
 def default_root(c: PhantomConfig) -> Path:
-    "data/phantom/<16 digits that stand for the configuration>."
-    return project_root() / 'data' / 'phantom' / digest(dict(config=asdict(c), code=''))[:16]
+    "data/phantom/<16 digits that stand for the configuration and for the code that draws>."
+    return project_root() / 'data' / 'phantom' / digest(dict(config=asdict(c), code=code_digest('data.phantom')))[:16]
 
 
 def is_complete(root, c: PhantomConfig) -> bool:  # raises InputError if the folder holds something else
