@@ -496,9 +496,10 @@ def row_params(study, row, k: int = 0):  # parameters of 04_finetune that the ru
 
 
 def runs_by_seed(study, row) -> list:  # one dict for each seed: run folder -> parameters of 04_finetune
-    "A solved head draws nothing: seeds that start from the same weights are one run, that of the first."
+    "A solved head draws nothing: seeds that start from the same weights are one run, that of the first, and each start stands equally often."
     starts = 1 if row['pretrain'] not in our_methods() else len(pretraining_seeds(study))
-    first = [k % starts if row.get('head') == 'logistic' else k for k in range(len(study['seeds']))]
+    n = len(study['seeds'])
+    first = [k % starts for k in range(n - n % starts or n)] if row.get('head') == 'logistic' else range(n)
     return [
         {
             f"runs/{study['name']}/finetune/{run_name(row, fold=f, seed=study['seeds'][k])}": row_params(study, row, k)

@@ -124,7 +124,7 @@ def evaluated(
     frames = {k: row_frames(study, r) for k, r in rows.items()}
     long = pd.concat(
         [
-            evaluate_seeds(f, study['seeds'], how).assign(row=k, runs=' '.join(row_runs(study, rows[k])))
+            evaluate_seeds(f, study['seeds'][: len(f)], how).assign(row=k, runs=' '.join(row_runs(study, rows[k])))
             for k, f in frames.items()
         ],
         ignore_index=True,

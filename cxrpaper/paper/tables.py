@@ -116,7 +116,7 @@ def backbone_table(
         prov = load_run(runs[0])
         name = backbone_title(row)
         costs[name] = {'parameters (M)': f"{prov['n_params'] / 1e6:.2f}", 'MACs (G)': f"{prov['macs'] / 1e9:.2f}"}
-        rows.append(evaluate_seeds(frames, study['seeds'], how).assign(row=name, runs=' '.join(runs)))
+        rows.append(evaluate_seeds(frames, study['seeds'][: len(frames)], how).assign(row=name, runs=' '.join(runs)))
     for kind in BASELINES:
         costs[BASELINE_NAMES[kind]] = {'parameters (M)': '', 'MACs (G)': ''}
         rows.append(
@@ -429,7 +429,7 @@ def label_evaluations(study: dict, how: Resampling = DEFAULT) -> tuple:  # (ever
         return dict(row=k, labels=f, n_train=np.mean([load_run(r)['n']['train'] for r in runs]), runs=' '.join(runs))
 
     return pd.concat(
-        [evaluate_seeds(v, study['table6']['draws'], how).assign(**about(*key)) for key, v in frames.items()],
+        [evaluate_seeds(v, study['table6']['draws'][: len(v)], how).assign(**about(*key)) for key, v in frames.items()],
         ignore_index=True,
     ), frames
 
