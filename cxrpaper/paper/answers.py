@@ -275,16 +275,21 @@ QUESTIONS = dict(
 )
 
 
+def _together(said):  # a word that several comparisons share is said once
+    words, numbers_ = zip(*(s.split('; ', 1) for s in said))
+    return f'{words[0]}; {", ".join(numbers_)}' if len(set(words)) == 1 else ', and '.join(said)
+
+
 def answers(evidence=EVIDENCE, plan=None) -> dict:  # question in words -> [(evidence, what it says), ...]
     "The paper's questions, each with what the studies say."
     plan, out = plan or read_plan(), {}
     for q, words in QUESTIONS.items():
         found = {e: list(differences_of(e, q).itertuples()) for e in evidence}
-        said = {e: ', and '.join(one_answer(r, plan, plan.level(q)) for r in rows) for e, rows in found.items() if rows}
+        said = {e: _together([one_answer(r, plan, plan.level(q)) for r in rows]) for e, rows in found.items() if rows}
         more = {e: '; '.join(filter(None, (f'{int(found[e][0].n_units)} patients', beside(e, q)))) for e in said}
         out[words] = [(e, f'{expected(e, q, plan)}{text}, {more[e]}') for e, text in said.items()]
     out['Is a model fit to be deployed?'] = [(e, v) for e in evidence if (v := verdict_of(e))]
-    out['Does fine-tuning at 320 px beat frozen features?'] = [(e, s) for e in evidence if (s := finer_compared(e))]
+    out['Does anything beat frozen features?'] = [(e, s) for e in evidence if (s := finer_compared(e))]
     out['Why is it hard?'] = [(e, s) for e in evidence if e.kind not in ('recipe', 'finer') and (s := why_hard(e))]
     return out
 
@@ -296,7 +301,7 @@ def answers_markdown(evidence=EVIDENCE, plan=None) -> str:
 
 # %% ../../nbs/appendix/paper/answers.ipynb #7a5bdb98
 def short_answers(evidence=EVIDENCE, plan=None) -> str:
-    "Each question in two sentences, as on the first page: real radiographs, then phantoms whose truth was planted."
+    "Each question with a line of each study, as on the first page: real radiographs, then phantoms whose truth was planted."
     out = []
     for q, said in answers(evidence, plan).items():
         said = [(e, re.sub(r', \d+ patients', '', text.replace(') macro AUC', ')'))) for e, text in said]
@@ -308,7 +313,7 @@ def short_answers(evidence=EVIDENCE, plan=None) -> str:
         known = [f'*Phantoms {e.short}*: {short(text)}.' for e, text in planted]
         missed = any('expected better' in text and 'found better' not in text for _, text in planted)
         noted = ['The planted gain was not found: nothing here shows that a true one would be.'] * missed
-        out.append(f'**{q}** ' + ' '.join(real + known + noted))
+        out.append(f'**{q}**\n\n' + '\n'.join(f'* {line}' for line in real + known + noted))
     return unbroken('\n\n'.join(out))
 
 # %% ../../nbs/appendix/paper/answers.ipynb #8d847d86
